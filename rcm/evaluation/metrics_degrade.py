@@ -109,19 +109,9 @@ def noise(source: Tensor, strength: int) -> Tensor:
     )
 
 
+_IN_TIME = (freeze, flicker, colour_drift, chunk_jump, dropped_chunk, repeated_chunk)
 DEGRADATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    f.__name__: f
-    for f in (
-        blur,
-        freeze,
-        flicker,
-        colour_drift,
-        chunk_jump,
-        dropped_chunk,
-        repeated_chunk,
-        compression,
-        noise,
-    )
+    harm.__name__: harm for harm in (blur, *_IN_TIME, compression, noise)
 }
 
 

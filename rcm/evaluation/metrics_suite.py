@@ -6,7 +6,8 @@ packages (extra `metrics`) are used where installed, and named as absent where n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,115 +40,51 @@ class Metric:
         return change if self.worse == "higher" else -change
 
 
-METRICS = (
-    Metric(
-        "flicker",
-        "higher",
-        0.001,
-        "brightness that goes up and down",
-        "local flicker; a steady fade",
-    ),
-    Metric(
-        "stutter",
-        "higher",
-        0.1,
-        "frames that are not between their neighbours",
-        "evenly wrong motion",
-    ),
-    Metric("frozen", "higher", 0.03, "frames held while the clip moves", "a clip that never moves"),
-    Metric(
-        "jump",
-        "higher",
-        0.25,
-        "a change that stands out: cut, lost chunk, bad join",
-        "jumps in clips that move much everywhere",
-    ),
-    Metric(
-        "repeats",
-        "higher",
-        0.06,
-        "a part shown again",
-        "motion that is periodic by itself counts as repeated",
-    ),
-    Metric(
-        "detail",
-        "lower",
-        0.02,
-        "finest detail lost: blur, compression",
-        "noise passes for detail; content that is soft by nature",
-    ),
-    Metric(
-        "noise",
-        "higher",
-        0.0008,
-        "grain that changes from frame to frame",
-        "grain that stands still; fast texture counts a little",
-    ),
-    Metric(
-        "blocks",
-        "higher",
-        0.1,
-        "steps at borders of 8 x 8 blocks",
-        "other block sizes; scaled video",
-    ),
-    Metric(
-        "tint_drift",
-        "higher",
-        0.01,
-        "colours other at the end",
-        "drift that comes back; a scene whose colours change",
-    ),
-    Metric(
-        "light_drift",
-        "higher",
-        0.02,
-        "light or contrast other at the end",
-        "cannot tell a moving light from drift",
-        judges=False,
-    ),
-    Metric(
-        "cut",
-        "higher",
-        0.3,
-        "a change of scene",
-        "jumps inside a scene; clips under about 20 frames",
-    ),
-    Metric(
-        "brisque",
-        "higher",
-        4.0,
-        "unnatural frames: blur, noise, blocks",
-        "time; drawn pictures, which noise makes natural to it",
-        judges=False,
-    ),
-    Metric(
-        "consistency",
-        "lower",
-        0.01,
-        "content that changes",
-        "cannot tell motion from change",
-        judges=False,
-    ),
-    Metric(
-        "embedding_drift",
-        "higher",
-        0.02,
-        "content other at the end",
-        "cannot tell a story from drift",
-        judges=False,
-    ),
-    Metric(
-        "embedding_jump", "higher", 0.5, "content that changes at once", "small jumps", judges=False
-    ),
-    Metric(
-        "motion",
-        "higher",
-        0.01,
-        "how much changes from frame to frame",
-        "says nothing of quality",
-        judges=False,
-    ),
-)
+_TABLE = """
+flicker higher 0.001  brightness that goes up and down
+    local flicker; a steady fade
+stutter higher 0.1  frames that are not between their neighbours
+    evenly wrong motion
+frozen higher 0.03  frames held while the clip moves
+    a clip that never moves
+jump higher 0.25  a change that stands out: cut, lost chunk, bad join
+    jumps in clips that move much everywhere
+repeats higher 0.06  a part shown again
+    motion that is periodic by itself counts as repeated
+detail lower 0.02  finest detail lost: blur, compression
+    noise passes for detail; content that is soft by nature
+noise higher 0.0008  grain that changes from frame to frame
+    grain that stands still; fast texture counts a little
+blocks higher 0.1  steps at borders of 8 x 8 blocks
+    other block sizes; scaled video
+tint_drift higher 0.01  colours other at the end
+    drift that comes back; a scene whose colours change
+light_drift* higher 0.02  light or contrast other at the end
+    cannot tell a moving light from drift
+cut higher 0.3  a change of scene
+    jumps inside a scene; clips under about 20 frames
+brisque* higher 4  unnatural frames: blur, noise, blocks
+    time; drawn pictures, which noise makes natural to it
+consistency* lower 0.01  content that changes
+    cannot tell motion from change
+embedding_drift* higher 0.02  content other at the end
+    cannot tell a story from drift
+embedding_jump* higher 0.5  content that changes at once
+    small jumps
+motion* higher 0.01  how much changes from frame to frame
+    says nothing of quality
+"""
+"""Name (* is told but does not judge), sense, step, what it sees; below, what it is blind to."""
+
+
+def _metrics() -> Iterator[Metric]:
+    rows = re.findall(r"^(\w+)(\*?) (\w+) (\S+)  (.+)\n +(.+)$", _TABLE, re.M)
+    for name, told, worse, step, sees, blind in rows:
+        sense: Literal["higher", "lower"] = "lower" if worse == "lower" else "higher"
+        yield Metric(name, sense, float(step), sees, blind, judges=not told)
+
+
+METRICS = tuple(_metrics())
 """motion is one minus VBench's temporal_flickering; less motion is no merit."""
 
 BY_NAME = {metric.name: metric for metric in METRICS}

@@ -141,33 +141,32 @@ def _counted(mine: Side, theirs: Side) -> list[Finding]:
     return [Finding(50.0, f"other numbers of scored videos (A and B): {', '.join(words)}")]
 
 
-_QUESTIONS = (
-    (
-        "extended_prompts",
-        40.0,
-        "one side's videos were made from extended prompts, the other's from short ones",
-    ),
-    ("checkpoint.weights", 30.0, "averaged (EMA) against last weights"),
-    ("weights", 30.0, "averaged (EMA) against last weights"),
-    ("fps", 25.0, "frame rate of the files, by which dynamic_degree picks frames"),
-    ("size", 20.0, "resolution"),
-    ("num_frames", 20.0, "number of frames"),
-    ("prompts", 20.0, "number of prompts sampled"),
-    ("crf", 10.0, "quality of the video files"),
-    ("seed", 5.0, "seeds"),
-)
+_EMA = (30.0, "averaged (EMA) against last weights")
+_QUESTIONS = {
+    "extended_prompts": (40.0, "videos made from extended prompts against ones from short ones"),
+    "checkpoint.weights": _EMA,
+    "weights": _EMA,
+    "fps": (25.0, "frame rate of the files, by which dynamic_degree picks frames"),
+    "size": (20.0, "resolution"),
+    "num_frames": (20.0, "number of frames"),
+    "prompts": (20.0, "number of prompts sampled"),
+    "crf": (10.0, "quality of the video files"),
+    "seed": (5.0, "seeds"),
+}
+"""Setting -> weight of a difference in it, words for it."""
 
 
 def _protocol(mine: Side, theirs: Side) -> list[Finding]:
     """Settings that differ; the ones with a known effect in words of their own."""
     if mine.settings is None or theirs.settings is None:
         return []
-    found, asked = [], {key: (weight, f"{words}: ") for key, weight, words in _QUESTIONS}
-    others = sorted(({*mine.settings} | {*theirs.settings}) - {*asked})
-    for key in (*asked, *others):
+    found = []
+    others = sorted(({*mine.settings} | {*theirs.settings}) - {*_QUESTIONS})
+    for key in (*_QUESTIONS, *others):
         a, b = mine.settings.get(key), theirs.settings.get(key)
-        weight, words = asked.get(key, (8.0 if key.startswith("recipe.") else 3.0, ""))
+        weight, words = _QUESTIONS.get(key, (8.0 if key.startswith("recipe.") else 3.0, ""))
         if a != b:
+            words = f"{words}: " if words else ""
             found.append(Finding(weight, f"{words}{key}={a!r} in A, {b!r} in B"))
     if mine.samples != theirs.samples:
         words = f"samples per prompt: {mine.samples} in A, {theirs.samples} in B"

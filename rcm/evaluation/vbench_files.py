@@ -6,6 +6,7 @@ As published for VBench 0.1.5; those on GRiT also need a compiled detectron2, in
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,98 +26,65 @@ class ModelFile:
     published: str
 
 
-_HF = "huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main"
-FILES = (
-    ModelFile(
-        "caption_model/tag2text_swin_14m.pth",
-        4_478_705_095,
-        "4ce96f0ce98f",
-        ("scene",),
-        "huggingface.co/spaces/xinyu1205/recognize-anything",
-    ),
-    ModelFile("ViCLIP/ViClip-InternVid-10M-FLT.pth", 1_710_545_812, "7a4d6ad6eac6", _VICLIP, _HF),
-    ModelFile(
-        "ViCLIP/bpe_simple_vocab_16e6.txt.gz",
-        1_356_917,
-        "924691ac288e",
-        _VICLIP,
-        "raw.githubusercontent.com/openai/CLIP",
-    ),
-    ModelFile(
-        "clip_model/ViT-L-14.pt",
-        932_768_134,
-        "b8cca3fd41ae",
-        ("aesthetic_quality",),
-        "openaipublic.azureedge.net/clip",
-    ),
-    ModelFile(
-        "clip_model/ViT-B-32.pt",
-        353_976_522,
-        "40d365715913",
-        ("background_consistency", "appearance_style", "i2v_background"),
-        "openaipublic.azureedge.net/clip",
-    ),
-    ModelFile(
-        "umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth",
-        607_024_201,
-        "bfee78a03bf8",
-        ("human_action",),
-        _HF,
-    ),
-    ModelFile(
-        "grit_model/grit_b_densecap_objectdet.pth",
-        417_381_733,
-        "53b6e9b3fd94",
-        GRIT,
-        "datarelease.blob.core.windows.net/grit/models",
-    ),
-    ModelFile(
-        "dino_model/dino_vitbase16_pretrain.pth",
-        343_242_485,
-        "bf34ad0f424b",
-        ("subject_consistency", "i2v_subject"),
-        "dl.fbaipublicfiles.com/dino (and github.com/facebookresearch/dino as a clone; also as "
-        "$TORCH_HOME/hub/checkpoints/dino_vitbase16_pretrain.pth)",
-    ),
-    ModelFile(
-        "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
-        108_610_983,
-        "358bb6af275e",
-        ("imaging_quality",),
-        "github.com/chaofengc/IQA-PyTorch",
-    ),
-    ModelFile(
-        "raft_model/models/raft-things.pth",
-        21_108_000,
-        "fcfa4125d641",
-        ("dynamic_degree",),
-        "dl.dropboxusercontent.com (models.zip)",
-    ),
-    ModelFile(
-        "amt_model/amt-s.pth",
-        12_038_359,
-        "07e7e03405c2",
-        ("motion_smoothness",),
-        "huggingface.co/lalala125/AMT",
-    ),
-    ModelFile(
-        "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
-        4_071,
-        "2cd4e60f4f24",
-        ("aesthetic_quality",),
-        "github.com/LAION-AI/aesthetic-predictor",
-    ),
+_TABLE = """
+caption_model/tag2text_swin_14m.pth 4478705095 4ce96f0ce98f
+    scene
+    huggingface.co/spaces/xinyu1205/recognize-anything
+ViCLIP/ViClip-InternVid-10M-FLT.pth 1710545812 7a4d6ad6eac6
+    temporal_style,overall_consistency
+    huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main
+ViCLIP/bpe_simple_vocab_16e6.txt.gz 1356917 924691ac288e
+    temporal_style,overall_consistency
+    raw.githubusercontent.com/openai/CLIP
+clip_model/ViT-L-14.pt 932768134 b8cca3fd41ae
+    aesthetic_quality
+    openaipublic.azureedge.net/clip
+clip_model/ViT-B-32.pt 353976522 40d365715913
+    background_consistency,appearance_style,i2v_background
+    openaipublic.azureedge.net/clip
+umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth 607024201 bfee78a03bf8
+    human_action
+    huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main
+grit_model/grit_b_densecap_objectdet.pth 417381733 53b6e9b3fd94
+    object_class,multiple_objects,color,spatial_relationship
+    datarelease.blob.core.windows.net/grit/models
+dino_model/dino_vitbase16_pretrain.pth 343242485 bf34ad0f424b
+    subject_consistency,i2v_subject
+    dl.fbaipublicfiles.com/dino
+pyiqa_model/musiq_spaq_ckpt-358bb6af.pth 108610983 358bb6af275e
+    imaging_quality
+    github.com/chaofengc/IQA-PyTorch
+raft_model/models/raft-things.pth 21108000 fcfa4125d641
+    dynamic_degree
+    dl.dropboxusercontent.com (models.zip)
+amt_model/amt-s.pth 12038359 07e7e03405c2
+    motion_smoothness
+    huggingface.co/lalala125/AMT
+aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth 4071 2cd4e60f4f24
+    aesthetic_quality
+    github.com/LAION-AI/aesthetic-predictor
+"""
+FILES = tuple(
+    ModelFile(path, int(size), sha256, tuple(dimensions.split(",")), published)
+    for path, size, sha256, dimensions, published in re.findall(
+        r"^(\S+) (\d+) (\w+)\n +(\S+)\n +(.+)$", _TABLE, re.M
+    )
 )
 
+_DINO = (
+    "github.com/facebookresearch/dino as a clone, and the file of DINO also as"
+    " $TORCH_HOME/hub/checkpoints/dino_vitbase16_pretrain.pth"
+)
 OTHER_NEEDS = {
     **dict.fromkeys(
         GRIT,
         "detectron2, compiled in the environment, and bert-base-uncased in the Hugging Face cache",
     ),
     "scene": "bert-base-uncased in the Hugging Face cache (the whole model)",
+    "subject_consistency": _DINO,
     "i2v_subject": (
-        "the images of the suite under vbench2_beta_i2v/data/crop, and dreamsim for VBench-I2V's"
-        " older form"
+        "the images of the suite under vbench2_beta_i2v/data/crop, dreamsim for VBench-I2V's older"
+        f" form, {_DINO}"
     ),
     "i2v_background": "the images of the suite under vbench2_beta_i2v/data/crop, dreamsim",
     "camera_motion": "CoTracker (torch.hub), the images of the suite",
