@@ -184,7 +184,7 @@ def test_the_command_refuses_what_it_must(monkeypatch, capsys):
     for line, sentence in (
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines; protect it with --token"),
         (["--port", "70000"], "--port 70000 must be at most 65535"),
-        (["--ckpt", "nowhere"], "no checkpoint at nowhere"),
+        (["--ckpt", "nowhere", "--port", "0"], "no checkpoint at nowhere"),
         (["--max_sessions", "0"], "--max_sessions 0 must be at least 1"),
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "a red cross moving up up up up", "--port", "0"], "does not fit text_len=8"),
