@@ -149,7 +149,7 @@ class Fault:
         try:
             with within(self.deadline):
                 self.call(folder)
-        except Broken:
+        except (Broken, pytest.skip.Exception):
             raise
         except ERRORS as error:
             told = str(error)
@@ -171,7 +171,7 @@ class Fault:
                 for context in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), within(self.deadline)):
                     around.enter_context(context)
                 status = self.main(words)
-        except Broken:
+        except (Broken, pytest.skip.Exception):
             raise
         except SystemExit as leaving:  # argparse
             status = leaving.code

@@ -21,6 +21,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     except Broken as broken:
         count(request, case.kind, broken.verdict)
         raise
+    except pytest.skip.Exception:
+        raise
     except BaseException:
         count(request, case.kind, "unclear")
         raise

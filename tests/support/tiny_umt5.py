@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from rcm.encoders.umt5_weights import UMT5Shape
 
@@ -34,8 +34,11 @@ def random_umt5(shape: UMT5Shape = TINY, *, seed: int = 0) -> dict[str, torch.Te
 
 def save_tokenizer(folder: Path, *, vocab: int = 40) -> Path:
     """Write tokenizer.json with `vocab` pieces: <pad> 0, </s> 1, <unk> 2, a few words, letters; as
-    in sentencepiece, the mark of a space begins a word.
+    in sentencepiece, the mark of a space begins a word. Skips where tokenizers is missing.
     """
+    pytest.importorskip("tokenizers", reason="umT5's words: pip install 'rcm[text]'")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)]
     pieces += [(f"▁{word}", -2.0) for word in WORDS]
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz.,&'"]
