@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -28,15 +30,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import WebSocketException
-
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
+
+with contextlib.suppress(ModuleNotFoundError):  # `_run` tells
+    from websockets.asyncio.client import ClientConnection, connect
+    from websockets.exceptions import WebSocketException
 
 WARM_S, GRACE_S = 2.0, 5.0
 SLOW_S = 1.0
@@ -134,6 +137,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    if importlib.util.find_spec("websockets") is None:
+        raise ConfigError(
+            "rcm bench serve needs websockets, which is not installed; install it with: pip"
+            ' install "rcm[serve]"'
+        )
     check_numbers(flags)
     if flags.slow < 0 or flags.vanish < 0 or not flags.seconds >= 4:
         raise ConfigError(
