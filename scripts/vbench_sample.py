@@ -20,6 +20,7 @@ steps, guidance 5 and shift 5 without --distilled).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -156,6 +157,10 @@ def run(flags: argparse.Namespace) -> None:
     items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
     beside = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
     folder = flags.output_dir or beside / output_name(flags)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "cannot be written to" if place.is_dir() else "is a file"
+        raise ConfigError(f"--output_dir {folder}: {place} {what}; choose another folder")
     job = SuiteRun(
         items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=image_folder(flags)
     )

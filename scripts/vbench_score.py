@@ -42,7 +42,7 @@ from rcm.evaluation.vbench_launch import (
     missing_videos,
     prepare,
 )
-from rcm.evaluation.vbench_manifest import EVAL_INFO
+from rcm.evaluation.vbench_manifest import EVAL_INFO, read_manifest
 from rcm.evaluation.vbench_prompts import T2V_FILE, by_dimension, read_suite
 from rcm.evaluation.vbench_results import DimensionResult, read_json, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
@@ -213,7 +213,13 @@ def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     fifth are not scored.
     """
     records = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
-    source = flags.full_json_dir or (records if records.is_file() else None)
+    source = flags.full_json_dir
+    if source is None and records.is_file():
+        source, made = records, read_manifest(records.parent)["settings"].get("suite")
+        if made is not None and (made == "i2v") != (flags.suite == "i2v"):
+            raise ConfigError(
+                f"--suite {flags.suite}: the videos in {flags.videos_path} are of the suite {made}"
+            )
     if source is None and flags.suite == "i2v":
         source = placed_list(ASSETS, clone=flags.vbench_repo, knob="--full_json_dir")
     source = source or ASSETS / T2V_FILE

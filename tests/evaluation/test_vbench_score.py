@@ -284,6 +284,12 @@ def test_dry_run_lists_commands_and_files(stand_in: Path, capsys: pytest.Capture
     assert problems(stand_in, ["scene"]) == {"caption_model/tag2text_swin_14m.pth": "missing"} and not files_for(["temporal_flickering"])
 
 
+def test_videos_of_another_suite_are_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sample_suite(SuiteRun(items(1), tmp_path / "v", num_samples=1), Noise(), settings={"suite": "t2v"})
+    assert score(tmp_path, "--suite", "i2v", "--dry_run") == 2
+    assert "--suite i2v: the videos in" in capsys.readouterr().err
+
+
 def test_long_suite_needs_a_clone(tmp_path: Path) -> None:
     launch = Launch(python=Path("py"), output=tmp_path, suite="long", repository=Path("/clone"))
     beside = replace(launch, repository=Path("clone")).command("scene")
