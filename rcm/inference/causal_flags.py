@@ -155,7 +155,7 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> Argume
     unguided(parser)
     for file in ("prompt_file", "scene_file"):
         parser.idle("prompt", beside=file, refuse=False)
-    parser.idle("vae_tile", beside="tiny_decoder", refuse=False)
+    parser.idle("vae_path", "vae_tile", beside="tiny_decoder", refuse=False)
     return parser
 
 

@@ -35,6 +35,7 @@ PROMPT = (
 
 PUBLISHED = {
     "--vae_path": "Wan2.1_VAE.pth (0.5 GB) of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B",
+    "--tiny_decoder": "taew2_1.pth of github.com/madebyollin/taehv",
     "--text_encoder_path": (
         "models_t5_umt5-xxl-enc-bf16.pth (11.4 GB) of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
     ),

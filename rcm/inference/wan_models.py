@@ -102,10 +102,9 @@ def check_files(
     another network than --model_size, or of another task, before any of them is read.
     """
     needed = [(network.flag, network.path, f"{family} {network.flag}") for network in networks]
-    needed += [
-        ("--vae_path", flags.vae_path, "--vae_path"),
-        ("--text_encoder_path", flags.text_encoder_path, "--text_encoder_path"),
-    ]
+    decoder = "tiny_decoder" if getattr(flags, "tiny_decoder", "") else "vae_path"
+    for name in (decoder, "text_encoder_path"):
+        needed.append((f"--{name}", getattr(flags, name), f"--{name}"))
     if task.clip_path is not None:
         needed.append(("--clip_path", task.clip_path, "--clip_path"))
     for flag, path, key in needed:

@@ -79,6 +79,7 @@ TOLD = {
     "sample causal --prompt a --prompt_file b": "--prompt has no effect with --prompt_file",
     "sample causal-long --prompt a --scene_file b": "--prompt has no effect with --scene_file",
     "sample causal-quant --tiny_decoder a.pth --vae_tile 64": "--vae_tile has no effect with --tiny_decoder",
+    "sample causal --tiny_decoder a.pth --vae_path b.pth": "--vae_path has no effect with --tiny_decoder",
 }
 """Published commands have always let these through."""
 

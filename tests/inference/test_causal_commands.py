@@ -330,11 +330,14 @@ def test_fp8_and_the_tiny_decoder_are_asked_for_by_name(files, tmp_path, capsys,
     assert sample(PLAIN, files, tmp_path / "b.mp4", "--tiny_decoder", str(tmp_path / "no.pth")) == 2
     assert sample(PLAIN, files, tmp_path / "b.mp4", "--tiny_decoder", "x.pth", "--image_path", str(files.folder / "first.png")) == 2
     told = capsys.readouterr().err
-    assert "unknown FP8 layers 'qkw'; set --fp8 to" in told and "--tiny_decoder" in told and "does not encode" in told
+    assert "unknown FP8 layers 'qkw'; set --fp8 to" in told and "does not encode" in told
+    assert f"--tiny_decoder {tmp_path / 'no.pth'} does not exist; fetch taew2_1.pth" in told
     monkeypatch.setattr(wan_models, "TinyDecoderCodec", SmallTiny)
     (tmp_path / "tiny").mkdir()
-    shape = made(PLAIN, files, tmp_path / "tiny", *FEW, "--num_frames", "5", "--tiny_decoder", "taew2_1.pth").shape
-    assert shape == plain.shape
+    (tmp_path / "taew2_1.pth").touch()  # Wan's decoder, which decodes nothing here, need not be there
+    tiny = ("--tiny_decoder", str(tmp_path / "taew2_1.pth"), "--vae_path", str(tmp_path / "no.pth"))
+    assert made(PLAIN, files, tmp_path / "tiny", *FEW, "--num_frames", "5", *tiny).shape == plain.shape
+    assert sample(PLAIN, files, tmp_path / "b.mp4", *FEW, *tiny[2:]) == 2
 
 
 @pytest.mark.slow
