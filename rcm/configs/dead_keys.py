@@ -20,6 +20,7 @@ from rcm.configs.schema_common import CommonModelConfig, M
 from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 
+_ENCODER = ("text_encoder_path", "text_cache")
 _TOY_CODEC = ("temporal_stride", "spatial_stride", "gain", "boost", "centre")
 
 
@@ -74,7 +75,9 @@ def _of_other_laws(model: CommonModelConfig) -> Iterator[tuple[str, str, str]]:
 def _switched_off(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     """Key, what turns it off, what to do."""
     model, trainer = config.model.config, config.trainer
-    for plan in ("scheduler", f"{M}.scheduler_fake_score"):
+    causal = isinstance(model, CausalConfig)
+    heads = [f"{M}.gan.scheduler"] if causal and model.gan.loss_scale else []
+    for plan in ("scheduler", f"{M}.scheduler_fake_score", *heads):
         if not attrgetter(plan)(config).cycle_length:
             yield f"{plan}.f_min", f"{plan}.cycle_length=0 keeps f_max", "set that too"
         if not attrgetter(plan)(config).warm_up_steps:
@@ -95,6 +98,9 @@ def _switched_off(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
         for name in ("resolution", "aspect_ratio"):
             yield f"{M}.{name}", size, f"set {M}.latent_hw=null, or leave it out"
     yield from _codec(model)
+    if isinstance(model, CausalConfig) and not model.context_from_last_step:
+        off = f"{M}.context_from_last_step=False keeps context clean"
+        yield f"{M}.context_from_last_step_start_chunk", off, "set that to True"
     if isinstance(model, CausalConfig) and model.sf_simulation_steps_per_chunk:
         counts = f"{M}.sf_simulation_steps_per_chunk"
         stands = f"{counts}={list(model.sf_simulation_steps_per_chunk)} gives the steps"
@@ -114,26 +120,37 @@ def _codec(model: CommonModelConfig) -> Iterator[tuple[str, str, str]]:
 
 def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Key of a value or of a record, and what has no use for it."""
-    model, sampling = config.model.config, config.trainer.sampling
+    model, sampling, data = config.model.config, config.trainer.sampling, config.dataloader_train
     if model.tokenizer.name == "toy":
         yield f"{M}.tokenizer.vae_pth", "the toy codec"
-    if not config.dataloader_train.num_workers:
+    if model.text_encoder_class == "toy":
+        yield from ((f"{M}.{key}", "the toy text encoder") for key in _ENCODER)
+    if config.job.wandb_mode == "disabled":
+        told = "a run with job.wandb_mode=disabled"
+        yield from ((f"job.wandb_{name}", told) for name in ("project", "entity"))
+    unread = "tar_path_pattern" if data.kind == "fake" else "num_videos"
+    if data.kind != "toy":
+        yield f"dataloader_train.{unread}", f"data={data.kind}"
+    if not data.num_workers:
         yield "dataloader_train.prefetch_factor", "a loader with num_workers=0"
     if not (sampling.every_n or sampling.ema_every_n):
         for name in ("num_samples", "run_at_start"):
             yield f"trainer.sampling.{name}", "a run with sampling.every_n=0 and ema_every_n=0"
     kind, stage = model.stage, f"stage {model.stage}"
     critic = model.net_fake_score is not None
-    reads = {
+    reads = {"loss_scale_dmd": critic}
+    if isinstance(model, RCMConfig):
+        critic &= model.loss_scale_dmd > 0
+    reads |= {
         "optimizer_fake_score": critic,
         "scheduler_fake_score": critic,
         "student_update_freq": critic,
-        "loss_scale_dmd": critic,
         "max_simulation_steps_fake": critic,
         "p_D": critic,
     }
     if isinstance(model, CausalConfig):
         scm = kind in ("tf_scm", "tf_dscm", "tf_meanflow", "tf_scm_sf_dmd")
+        rolls = kind not in ("df", "bidirectional") and (kind != "tf" or model.context.noisy)
         dcm, simple = kind in ("tf_dcm", "tf_dscm"), kind in ("tf", "df", "bidirectional")
         reads |= {
             "loss_scale": kind != "sf_dmd",
@@ -144,16 +161,28 @@ def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
             "loss_weighting": simple,
             "df_timestep_strategy": kind == "df",
             "kd_timesteps": model.has.trajectories,
+            "backward_timesteps": rolls,
+            "shift3_backward": rolls,
+            "first_chunk_t": model.pattern is not None,
+            "chunk_t": model.pattern is not None,
             "meanflow_equal_share": kind == "tf_meanflow",
             "causal_guidance": model.has.consistency or kind in ("tf", "df"),
             "bidirectional_guidance": model.has.self_forced or kind == "bidirectional",
         }
     else:
         assert isinstance(model, RCMConfig)
-        dcm = model.cm_type == "dcm"
-        stage = f"{stage} with cm_type={model.cm_type}" if critic else f"{stage} without fake score"
+        consistent = model.loss_scale > 0
+        dcm = consistent and model.cm_type == "dcm"
+        if model.net_fake_score is None:
+            stage += " without fake score"
+        elif not critic:
+            stage += f" with {M}.loss_scale_dmd=0"
+        else:
+            stage += f" with cm_type={model.cm_type}" if consistent else f" with {M}.loss_scale=0"
         reads |= {
-            "p_G": not dcm,
+            "p_G": consistent and not dcm,
+            "tangent_warmup": consistent,
+            **dict.fromkeys(("cm_type", "use_rf_scm", "tangent_form", "fd_type"), consistent),
             "dcm_total_steps": dcm,
             "dcm_skipping_interval_steps": dcm,
             "dcm_timestep_shift": dcm,

@@ -284,6 +284,11 @@ class CausalConfig(CommonModelConfig):
                 f"{M}.context_from_last_step has no context to make noisy in"
                 f" training_type={self.training_type}"
             )
+        if not (self.has.self_forced or self.backward_timesteps):
+            raise ConfigError(
+                f"{M}.backward_timesteps is empty, which leaves pure noise (t = 1) as the context"
+                f" of {M}.context_from_last_step; give it a time, or turn that off"
+            )
         if self.context.start_chunk >= (blocks := self._num_blocks()):
             raise ConfigError(
                 f"{M}.context_from_last_step_start_chunk={self.context.start_chunk} is beyond the"

@@ -83,6 +83,12 @@ SWITCHED_OFF = {
     "numbers of the other codec": (CUT, ["model.config.tokenizer.gain=2.0"], "model.config.tokenizer.name=toy"),
     "steps beside steps": (DMD, ["model.config.max_simulation_steps_fake=3"], "model.config.sf_simulation_steps_per_chunk=[]"),
     "a difference's step": (RCM, ["model.config.fd_size=0.01"], "model.config.fd_type=1"),
+    "first noisy chunk": (DMD, ["model.config.context_from_last_step_start_chunk=1"], "model.config.context_from_last_step=True"),
+    "end of the head's cycle": (
+        "toy_sf_dmd_gan_c3-3",
+        ["model.config.gan.scheduler.f_min=0.1"],
+        "model.config.gan.scheduler.cycle_length=500",
+    ),
     "angles": (RCM, ["model.config.backward_timesteps=[1.5,1.3,1.1]"], "model.config.dmd_fix_timesteps=True"),
 }
 """Experiment, words of which the first has no effect, and the word with which it has."""
@@ -138,6 +144,26 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
             RCM,
             ["model.config.p_D.shift=3", "net_fake_score=null"],
             ["model.config.p_D.shift=3.0 is not read by stage rCM without fake score"],
+        ),
+        (
+            RCM,
+            ["model.config.p_D.shift=3", "model.config.loss_scale_dmd=0"],
+            ["model.config.p_D.shift=3.0 is not read by stage rCM with model.config.loss_scale_dmd=0"],
+        ),
+        (
+            RCM,
+            ["model.config.fd_type=2", "model.config.loss_scale=0"],
+            ["model.config.fd_type=2 is not read by stage rCM with model.config.loss_scale=0"],
+        ),
+        (TF, ["model.config.shift3_backward=True"], ["model.config.shift3_backward=True is not read by stage tf"]),
+        (TF, ["model.config.shift3_backward=True", "model.config.context_from_last_step=True"], []),
+        ("toy_bidirectional", ["model.config.chunk_t=3"], ["model.config.chunk_t=3 is not read by stage bidirectional"]),
+        (TF, ["model.config.text_cache=x"], ["model.config.text_cache=x is not read by the toy text encoder"]),
+        (TF, ["job.wandb_project=x"], ["job.wandb_project=x is not read by a run with job.wandb_mode=disabled"]),
+        (
+            TF,
+            ["dataloader_train.tar_path_pattern=x", "dataloader_train.kind=fake"],
+            ["dataloader_train.tar_path_pattern=x is not read by data=fake"],
         ),
     ],
 )

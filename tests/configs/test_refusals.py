@@ -111,6 +111,10 @@ REFUSED = {
     "prompts only": (["data=prompts"], r"data=prompts has no latents, which tf trains on"),
     "toy data, real text": ([M + "text_encoder_class=umT5"], r"data=toy needs model.config.text_encoder_class=toy"),
     "trajectory times": (["method=ode_kd", M + "kd_timesteps=[1.5]"], r"kd_timesteps=\[1.5\] must be times in \(0, 1\]"),
+    "noise for context": (
+        [M + "context_from_last_step=True", M + "backward_timesteps=[]"],
+        r"backward_timesteps is empty, which leaves pure noise \(t = 1\) as the context",
+    ),
     "noisy context of diffusion forcing": (
         [M + "training_type=df", M + "context_from_last_step=True"],
         r"context_from_last_step has no context to make noisy in training_type=df",
