@@ -42,7 +42,12 @@ from rcm.evaluation.vbench_launch import (
     missing_videos,
     prepare,
 )
-from rcm.evaluation.vbench_manifest import EVAL_INFO, read_manifest
+from rcm.evaluation.vbench_manifest import (
+    EVAL_INFO,
+    MANIFEST,
+    read_manifest,
+    require_unaltered,
+)
 from rcm.evaluation.vbench_prompts import T2V_FILE, by_dimension, read_suite
 from rcm.evaluation.vbench_results import DimensionResult, read_json, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
@@ -212,14 +217,12 @@ def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """The prompts to score: of the run if it left them, else the public list. Samples beyond the
     fifth are not scored.
     """
-    records = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
+    records = flags.videos_path.with_name(f"{flags.videos_path.name}_run")
     source = flags.full_json_dir
-    if source is None and records.is_file():
-        source, made = records, read_manifest(records.parent)["settings"].get("suite")
-        if made is not None and (made == "i2v") != (flags.suite == "i2v"):
-            raise ConfigError(
-                f"--suite {flags.suite}: the videos in {flags.videos_path} are of the suite {made}"
-            )
+    if source is None and (records / EVAL_INFO).is_file():
+        source = records / EVAL_INFO
+        if (records / MANIFEST).is_file():
+            _require_whole_run(flags, read_manifest(records))
     if source is None and flags.suite == "i2v":
         source = placed_list(ASSETS, clone=flags.vbench_repo, knob="--full_json_dir")
     source = source or ASSETS / T2V_FILE
@@ -227,6 +230,15 @@ def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
         item.eval_row([item.video_name(i) for i in range(SCORED_SAMPLES)])
         for item in read_suite(source)
     ]
+
+
+def _require_whole_run(flags: argparse.Namespace, manifest: Mapping[str, Any]) -> None:
+    require_unaltered(flags.videos_path, manifest["videos"])
+    made = manifest["settings"].get("suite")
+    if made is not None and (made == "i2v") != (flags.suite == "i2v"):
+        raise ConfigError(
+            f"--suite {flags.suite}: the videos in {flags.videos_path} are of the suite {made}"
+        )
 
 
 def _fewer(flags: argparse.Namespace, name: str, result: DimensionResult, videos: int) -> bool:

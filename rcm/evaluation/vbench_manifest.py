@@ -138,11 +138,7 @@ class RunFolder:
                 raise ConfigError(
                     f"{path} was made from another {what} ({told}); choose another --output_dir"
                 )
-        if path.stat().st_size != record.bytes:
-            raise VideoError(
-                f"{path} has {path.stat().st_size} bytes, {record.bytes} were written; delete it to"
-                " have it made again"
-            )
+        require_unaltered(self.videos, {file: asdict(record)})
         return True
 
     def add(self, record: VideoRecord) -> None:
@@ -223,6 +219,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is damaged: it has no {' and no '.join(wrong)}")
     videos = manifest["videos"] | {n: asdict(r) for n, r in _recorded(path.parent).items()}
     return {**manifest, "videos": {name: videos[name] for name in sorted(videos)}}
+
+
+def require_unaltered(videos: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """`VideoError` for a file of another size than recorded; `records` of `read_manifest`."""
+    for name, record in records.items():
+        path = videos / name
+        if path.is_file() and path.stat().st_size != record["bytes"]:
+            raise VideoError(
+                f"{path} has {path.stat().st_size} bytes, {record['bytes']} were written; delete it"
+                " to have it made again"
+            )
 
 
 def _beside(videos: Path) -> Path:

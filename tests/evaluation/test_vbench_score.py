@@ -239,6 +239,10 @@ def test_scoring_sees_only_videos(stand_in: Path, capsys: pytest.CaptureFixture)
     (stand_in / "v_eval_results" / "scene_eval_results.json").unlink()
     (stand_in / "v" / "prompt 1-3.mp4").write_bytes(b"")
     assert score(stand_in, "--dimension", "scene") == 2
+    assert "prompt 1-3.mp4 has 0 bytes, " in capsys.readouterr().err, "it is not what was sampled"
+    (stand_in / "v_run" / "manifest.json").unlink()
+    (stand_in / "v_run" / EVAL_INFO).rename(stand_in / "list.json")
+    assert score(stand_in, "--dimension", "scene", "--full_json_dir", str(stand_in / "list.json")) == 2
     assert "1 videos of scene are missing in" in capsys.readouterr().err, "an empty file is no video"
 
 
