@@ -141,7 +141,8 @@ class Session:
         kept = f", {scored} done before" if scored else ""
         page, logs = self.record.folder / "report.html", self.record.folder / "logs"
         when = "" if page.exists() else " (after the first)"
-        self.board.say(f"{len(self.stages)} stages{kept}; page {page}{when}, logs {logs}")
+        count = f"{len(self.stages)} stage{'s' * (len(self.stages) > 1)}"
+        self.board.say(f"{count}{kept}; page {page}{when}, logs {logs}")
         hung_up = signal.getsignal(signal.SIGHUP)
         if hung_up is signal.SIG_DFL:  # a closed terminal, which training processes do not notice
             signal.signal(signal.SIGHUP, signal.default_int_handler)
