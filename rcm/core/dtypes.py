@@ -1,7 +1,8 @@
-"""Precision policy: one record that names every dtype decision."""
+"""Precision policy: one record that names every dtype decision, and nothing beside it."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -44,6 +45,16 @@ class Precision:
                 f" {', '.join(sorted(_PRESETS))}"
             )
         return cls(*_PRESETS[name])
+
+
+def as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Within, operators on `device` compute in the dtypes that they are given: an autocast of the
+    caller would compute times and norms, too, in its own.
+    """
+    known = torch.amp.is_autocast_available(device.type)
+    if known and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 # params, compute, reduce, time

@@ -49,8 +49,12 @@ class Condition:
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Condition:
-        """All tensors on `device` in `dtype`; None leaves that property alone."""
-        return self._map(lambda x: x.to(device=device, dtype=dtype))
+        """All tensors on `device`, those of floating dtype in `dtype`; None leaves that property
+        alone.
+        """
+        return self._map(
+            lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        )
 
     def with_images_of(self, other: Condition) -> Condition:
         """This text with the image conditioning of `other` where it has none, as negatives."""

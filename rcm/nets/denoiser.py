@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from rcm.core.dtypes import Precision
+from rcm.core.dtypes import Precision, as_written
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
 from rcm.diffusion.guidance import cfg, is_guided
 from rcm.diffusion.time import rf_to_timestep
 from rcm.kernels.fp8_attention.api import obstacle
@@ -30,7 +31,9 @@ from rcm.nets.velocity_model import VelocityModel
 
 
 class Denoiser(VelocityModel):
-    """A network with its precision policy. `net` is a `WanDiT` or a parallelised one."""
+    """A network with its precision policy, which an autocast around its calls does not change.
+    `net` is a `WanDiT` or a parallelised one.
+    """
 
     def __init__(self, net: nn.Module, precision: Precision) -> None:
         self.net: Any = net
@@ -40,9 +43,10 @@ class Denoiser(VelocityModel):
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: Past = None
     ) -> Tensor:
         """See `VelocityModel`. Casts `x` and the condition to precision.compute and 1000 t to
-        precision.time: the only casts at the network's door.
+        precision.time: the only casts at the network's door. `TypeError` for an `x` of integers.
         """
-        v = self.net(*self._inputs(x, t, cond), layout, cache)
+        with as_written(x.device):
+            v = self.net(*self._inputs(x, t, cond), layout, cache)
         return v.to(torch.promote_types(x.dtype, torch.float32))
 
     def mean_velocity(
@@ -58,13 +62,16 @@ class Denoiser(VelocityModel):
         """See `VelocityModel`. Times are subtracted before the cast, so as exactly as they are."""
         if not self.net.config.two_times:
             return super().mean_velocity(x, t, s, cond, layout, cache=cache)
-        u = self.net(*self._inputs(x, t, cond), layout, cache, span=self._span(t, s, x.device))
+        span = self._span(t, s, x.device)
+        with as_written(x.device):
+            u = self.net(*self._inputs(x, t, cond), layout, cache, span=span)
         return u.to(torch.promote_types(x.dtype, torch.float32))
 
     def enter_context(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: View
     ) -> None:
-        self.net(*self._inputs(x, t, cond), layout, cache, context_only=True)
+        with as_written(x.device):
+            self.net(*self._inputs(x, t, cond), layout, cache, context_only=True)
 
     def velocity_and_tokens(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, taps: Taps
@@ -72,11 +79,14 @@ class Denoiser(VelocityModel):
         """The pass of `velocity` (None if the taps are alone), and the tokens [B, F, S, E] that it
         leaves behind the tapped blocks, in the compute dtype; those of this rank.
         """
-        v, tokens = self.net(*self._inputs(x, t, cond), layout, taps=taps)
+        with as_written(x.device):
+            v, tokens = self.net(*self._inputs(x, t, cond), layout, taps=taps)
         return None if v is None else v.to(torch.promote_types(x.dtype, torch.float32)), tokens
 
     def _inputs(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Condition]:
         compute = self.precision.compute
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}, expected latents of a floating dtype")
         timestep = rf_to_timestep(t).to(device=x.device, dtype=self.precision.time)
         return x.to(compute), timestep, cond.to(device=x.device, dtype=compute)
 
@@ -124,7 +134,8 @@ class Denoiser(VelocityModel):
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`; for a network that is not sharded."""
         weight = self.net.patch_embedding.weight
-        return self.net.prepare(cond.to(device=weight.device, dtype=self.precision.compute))
+        with as_written(weight.device):
+            return self.net.prepare(cond.to(device=weight.device, dtype=self.precision.compute))
 
     def join_projections(self) -> None:
         if hasattr(self.net, "join_projections"):
@@ -135,7 +146,8 @@ class Denoiser(VelocityModel):
             return None
         span = {} if s is None else {"span": self._span(t, s, t.device)}
         timestep = rf_to_timestep(t).to(self.precision.time)
-        return self.net.time_rows(timestep, dtype=self.precision.compute, **span)
+        with as_written(t.device):
+            return self.net.time_rows(timestep, dtype=self.precision.compute, **span)
 
     @property
     def group(self) -> Any:
@@ -151,10 +163,11 @@ class Guided(VelocityModel):
     """Guidance: v = v_neg + scale (v_cond - v_neg), without the negative pass for scale <= 1.
 
     `negative` has a batch of 1 or that of the sample; image conditioning is taken from the sample
-    where the negative has none.
+    where the negative has none. Raises `ConfigError` unless `scale` is a finite number.
     """
 
     def __init__(self, denoiser: VelocityModel, negative: Condition, scale: float) -> None:
+        require_kind("guidance scale", scale, float)
         self.denoiser, self.negative, self.scale = denoiser, negative, scale
 
     @property

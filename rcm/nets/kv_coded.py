@@ -13,7 +13,7 @@ from rcm.core.device_copy import to_device
 from rcm.kernels.kv_codec.segments import Part, attend_parts
 from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_codec import SIDES, AddressedCodec, CorrectingCodec, KVCodec
-from rcm.nets.kv_store import Pair, Piece, Seen, Spans, form_of, runs
+from rcm.nets.kv_store import Pair, Piece, Seen, Spans, form_of, require_form, runs
 
 Blobs = tuple[Any, Any]
 """Blobs of the keys and of the values of one chunk and layer."""
@@ -184,6 +184,7 @@ class CodedStore:
             chunk = _id(piece)
             if chunk in self._hot[layer]:
                 for out, x in zip((keys, values), self._hot[layer][chunk], strict=True):
+                    require_form(out, x)
                     out[:, at:stop].copy_(x)
             else:
                 for out, blob, side in zip(

@@ -117,6 +117,15 @@ def form_of(x: Tensor) -> tuple[torch.dtype, int, torch.Size]:
     return x.dtype, x.shape[0], x.shape[2:]
 
 
+def require_form(x: Tensor, held: Tensor) -> None:
+    """`ValueError` unless `x` [B, S, N, D] can lie beside what a cache holds."""
+    if form_of(x) != form_of(held):
+        raise ValueError(
+            f"the cache holds {tuple(held.shape)} {held.dtype}, got {tuple(x.shape)} {x.dtype} (of"
+            " [B, tokens, N, D]); reset(free_buffers=True) before another batch or dtype"
+        )
+
+
 def runs(sizes: Iterable[int]) -> list[tuple[int, int]]:
     """[start, stop) of parts of these sizes behind each other."""
     return list(pairwise(accumulate(sizes, initial=0)))
@@ -181,11 +190,7 @@ class DenseStore:
     def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
         """See `Store`: into `spans`."""
         for buffer, x in zip(self._room(layer, pair), pair, strict=True):
-            if form_of(x) != form_of(buffer):
-                raise ValueError(
-                    f"cache buffers are {tuple(buffer.shape)} {buffer.dtype}, got {tuple(x.shape)}"
-                    f" {x.dtype}; reset(free_buffers=True) before another batch"
-                )
+            require_form(x, buffer)
             _fill(buffer, spans, x)
 
     def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:

@@ -21,6 +21,7 @@ from rcm.nets.kv_store import (
     Store,
     part_of,
     pieces_of,
+    require_form,
     runs,
     size,
 )
@@ -282,6 +283,7 @@ class LayerView:
         if not past:
             return k, v
         k_past, v_past = store.read(layer, past)
+        require_form(k, k_past)
         return torch.cat([k_past, k], dim=1), torch.cat([v_past, v], dim=1)
 
     @property

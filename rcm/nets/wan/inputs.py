@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rcm.nets.condition import Condition
+from rcm.nets.kv_view import CacheView
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.config import WanConfig
 
@@ -20,14 +21,13 @@ def check_inputs(
     span: Tensor | None,
 ) -> None:
     """Raise `ValueError` for inputs of `WanDiT.forward` that do not fit each other or `config`."""
-    batch = x.shape[0]
     extra = 0 if cond.concat is None else cond.concat.shape[1]
-    if x.dim() != 5 or x.shape[1] + extra != config.in_dim:
+    if x.dim() != 5 or x.shape[0] < 1 or x.shape[1] + extra != config.in_dim:
         raise ValueError(
-            f"x must be [B, C, F, H, W] with C + {extra} concat channels = in_dim"
+            f"x must be [B >= 1, C, F, H, W] with C + {extra} concat channels = in_dim"
             f" {config.in_dim}, got {tuple(x.shape)}"
         )
-    grid = config.token_grid(x.shape[3], x.shape[4])
+    batch, grid = x.shape[0], config.token_grid(x.shape[3], x.shape[4])
     if (x.shape[2], grid) != (layout.num_frames, layout.grid):
         raise ValueError(
             f"x has {x.shape[2]} frames of {grid} tokens, the layout describes"
@@ -47,24 +47,66 @@ def check_inputs(
             f"span must have the shape of timestep, {tuple(timestep.shape)}, got"
             f" {tuple(span.shape)}"
         )
+    _check_condition(config, x, cond)
+
+
+def _check_condition(config: WanConfig, x: Tensor, cond: Condition) -> None:
+    batch, text, concat, image = x.shape[0], cond.text, cond.concat, cond.image
     if cond.batch != batch:
         raise ValueError(
             f"condition has batch {cond.batch}, x has {batch}; use cond.expand({batch})"
         )
-    if cond.text.shape[1] > config.text_len or cond.text.shape[2] != config.text_dim:
+    if text.dim() != 3 or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
         raise ValueError(
-            f"text must be [B, <= {config.text_len}, {config.text_dim}], got"
-            f" {tuple(cond.text.shape)}"
+            f"text must be [B, <= {config.text_len}, {config.text_dim}], got {tuple(text.shape)}"
         )
-    if (cond.image is not None) != config.image_branch:
+    # what has one row would serve all samples unseen
+    if concat is not None and (
+        concat.dim() != 5 or (len(concat), *concat.shape[3:]) != (batch, *x.shape[3:])
+    ):
         raise ValueError(
-            f"image tokens are {'given' if cond.image is not None else 'missing'}, but"
+            f"concat must be [{batch}, C, T, {x.shape[3]}, {x.shape[4]}] beside x of shape"
+            f" {tuple(x.shape)}, got {tuple(concat.shape)}"
+        )
+    if (image is not None) != config.image_branch:
+        raise ValueError(
+            f"image tokens are {'given' if image is not None else 'missing'}, but"
             f" net.image_branch={config.image_branch}"
         )
-    if cond.image is not None and config.image_positions not in (0, cond.image.shape[1]):
+    if image is not None and (
+        image.dim() != 3 or (len(image), image.shape[2]) != (batch, config.image_dim)
+    ):
         raise ValueError(
-            f"net.image_positions={config.image_positions}, but {cond.image.shape[1]} image"
-            " tokens are given"
+            f"image tokens must be [{batch}, L, {config.image_dim}], got {tuple(image.shape)}"
+        )
+    if image is not None and config.image_positions not in (0, image.shape[1]):
+        raise ValueError(
+            f"net.image_positions={config.image_positions}, but {image.shape[1]} image tokens are"
+            " given"
+        )
+    for name, given in (("text", text), ("concat", concat), ("image", image)):
+        if given is not None and given.dtype != x.dtype:
+            raise ValueError(f"{name} is {given.dtype}, x {x.dtype}; cast both alike")
+    if cond.prepared is not None:
+        rows, blocks = cond.prepared[0].text[0].shape[0], len(cond.prepared)
+        if (rows, blocks) != (batch, config.num_layers):
+            raise ValueError(
+                f"the condition was prepared for {rows} samples by a network of {blocks} blocks,"
+                f" x has {batch}, this network {config.num_layers}; prepare() it with this one"
+            )
+
+
+def check_cache(config: WanConfig, cache: CacheView) -> None:
+    """Raise `ValueError` for a view of another network's cache, `TypeError` for a cache itself."""
+    if not hasattr(cache, "begin"):
+        raise TypeError(
+            f"cache must be a view made for this forward, of append() or readonly(), got a"
+            f" {type(cache).__name__}"
+        )
+    if cache.num_layers != config.num_layers:
+        raise ValueError(
+            f"the cache has {cache.num_layers} layers, the network {config.num_layers} blocks; make"
+            " it with the network's own new_cache()"
         )
 
 

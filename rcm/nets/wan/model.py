@@ -29,7 +29,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
 from rcm.nets.wan.block import ContextKV, ContextTokens, Modulation, WanBlock
 from rcm.nets.wan.config import WanConfig
-from rcm.nets.wan.inputs import check_inputs, concat_frames
+from rcm.nets.wan.inputs import check_cache, check_inputs, concat_frames
 from rcm.nets.wan.two_times import SpanEmbedding
 
 IMAGE_NORM_EPS = 1e-5
@@ -162,6 +162,7 @@ class WanDiT(nn.Module):
                 " cache, which has no limit"
             )
         if cache is not None:
+            check_cache(self.config, cache)
             cache.begin(layout)
         elif layout.context_tokens or context_only:
             raise ValueError(
