@@ -5,14 +5,13 @@ flag.
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from rcm.inference import stream
 from scripts import bench_memory, demo, vbench_sample, vbench_score
-from tests.faults.case import Fault, each
+from tests.faults.case import Fault, each, kept_folder
 from tests.support.tiny_wan_files import WanFiles, write_wan_files
 
 HUGE = "9" * 20
@@ -22,7 +21,7 @@ DEADLINE = 5
 @functools.cache
 def wan_files() -> WanFiles:
     """Small files in Wan's layout, made once."""
-    return write_wan_files(Path(tempfile.mkdtemp()))
+    return write_wan_files(kept_folder())
 
 
 def _nothing_written(folder: Path) -> None:

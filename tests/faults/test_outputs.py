@@ -5,13 +5,12 @@ and nothing is left behind.
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from rcm.inference import stream, wan2pt1_t2v_rcm_infer
 from scripts import checkpoint, dcp_to_pth, plan
-from tests.faults.case import Fault, each
+from tests.faults.case import Fault, each, kept_folder
 from tests.faults.test_command_values import wan_files
 from tests.support.tiny_checkpoint import STUDENT, write_checkpoint
 
@@ -19,7 +18,7 @@ from tests.support.tiny_checkpoint import STUDENT, write_checkpoint
 @functools.cache
 def job() -> Path:
     """A small trained job, made once."""
-    return write_checkpoint(Path(tempfile.mkdtemp()) / "job", STUDENT)
+    return write_checkpoint(kept_folder() / "job", STUDENT)
 
 
 def _folder(place: Path) -> Path:
