@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
 from rcm.encoders.codec import StridedSizes
 
 
@@ -48,7 +49,7 @@ def _transposed(rows: list[list[float]]) -> list[list[float]]:
 
 
 @dataclass(frozen=True)
-class ToyCodec(StridedSizes):
+class ToyCodec(Record, StridedSizes):
     """A `LatentCodec` of temporal_stride * spatial_stride**2 * 3 channels.
 
     Latent = gain * boost**n * coefficient of (pixel - centre), n = how many of (time, height,
@@ -58,15 +59,11 @@ class ToyCodec(StridedSizes):
     mean channels near 1. Encoding float32 and decoding returns the pixels within 1e-6.
     """
 
-    temporal_stride: int = 2
-    spatial_stride: int = 2
-    gain: float = 3.0
-    boost: float = 1.0
+    temporal_stride: int = within(2, above=0)
+    spatial_stride: int = within(2, above=0)
+    gain: float = within(3.0, above=0)
+    boost: float = within(1.0, above=0)
     centre: float = -0.9
-
-    def __post_init__(self) -> None:
-        if self.temporal_stride < 1 or self.spatial_stride < 1 or self.gain <= 0 or self.boost <= 0:
-            raise ConfigError(f"toy codec strides, gain and boost are positive, got {self}")
 
     @property
     def latent_channels(self) -> int:
@@ -74,8 +71,11 @@ class ToyCodec(StridedSizes):
 
     def encode(self, video: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] of `video` [B, 3, F, H, W] in [-1, 1], in its dtype."""
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ConfigError(f"toy codec encodes [B, 3, F, H, W], got {tuple(video.shape)}")
+        if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+            raise ConfigError(
+                "toy codec encodes floats [B, 3, F, H, W] in [-1, 1], got"
+                f" {video.dtype} {tuple(video.shape)}"
+            )
         self.latent_frames_for(video.shape[2])
         self.latent_size(video.shape[3], video.shape[4])
         first = video[:, :, :1].repeat_interleave(self.temporal_stride, dim=2)
@@ -90,7 +90,7 @@ class ToyCodec(StridedSizes):
         return self._decode(latents, begins=True)
 
     def _decode(self, latents: Tensor, *, begins: bool) -> Tensor:
-        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels or not latents.shape[2]:
             raise ConfigError(
                 f"toy codec decodes [B, {self.latent_channels}, T, h, w], got"
                 f" {tuple(latents.shape)}"

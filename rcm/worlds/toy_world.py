@@ -14,12 +14,14 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (1, 0, 0),
@@ -48,7 +50,7 @@ _RENDER_ELEMENTS = 1 << 20  # pixels rendered at a time: stays in cache
 
 
 @dataclass(frozen=True)
-class ToyWorldConfig:
+class ToyWorldConfig(Record):
     """A world. The defaults are the easiest one that still has shape, colour, motion and caption
     control.
 
@@ -65,20 +67,20 @@ class ToyWorldConfig:
     grid of one token, so that one picture of a shape recurs everywhere.
     """
 
-    height: int = 8
-    width: int = 8
-    num_frames: int = 17
+    height: int = within(8, least=1)
+    width: int = within(8, least=1)
+    num_frames: int = within(17, least=2)
     shapes: tuple[str, ...] = ("square", "cross", "triangle")
     colours: tuple[str, ...] = ("red", "green", "blue", "yellow")
     directions: tuple[str, ...] = ("left", "right", "up", "down")
-    num_shapes: int = 1
-    turns: int = 0
-    speed: float = 1.0
-    radius: float = 8 / math.sqrt(4 * math.pi)
-    boundary: str = "wrap"
-    start_grid: float = 2.0
-    background: float = -0.9
-    contrast: float = 0.9
+    num_shapes: int = within(1, least=1)
+    turns: int = within(0, least=0)
+    speed: float = within(1.0, above=0)
+    radius: float = within(8 / math.sqrt(4 * math.pi), above=0)
+    boundary: Literal["wrap", "bounce"] = "wrap"
+    start_grid: float = within(2.0, least=0)
+    background: float = within(-0.9, least=-1, most=1)
+    contrast: float = within(0.9, least=-1, most=1)
     tint: float = 0.5
 
     @classmethod
@@ -95,6 +97,7 @@ class ToyWorldConfig:
         )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field_name, known in (
             ("shapes", SHAPES),
             ("colours", COLOURS),
@@ -107,16 +110,12 @@ class ToyWorldConfig:
                     f"toy world {field_name}={chosen}: choose distinct names from"
                     f" {', '.join(known)}"
                 )
-        if self.boundary not in ("wrap", "bounce"):
-            raise ConfigError(f"toy world boundary={self.boundary!r}: choose wrap or bounce")
-        if not 1 <= self.num_shapes <= len(self.colours):
+        if self.num_shapes > len(self.colours):
             raise ConfigError(
                 f"num_shapes={self.num_shapes} needs as many distinct colours, colours has"
                 f" {len(self.colours)}"
             )
-        if self.start_grid < 0:
-            raise ConfigError(f"start_grid={self.start_grid} must be >= 0 (0: any start position)")
-        if self.num_frames < 2 or not 0 <= self.turns < self.num_frames - 1:
+        if self.turns >= self.num_frames - 1:
             raise ConfigError(
                 f"turns={self.turns} do not fit between num_frames={self.num_frames} frames"
             )
@@ -202,15 +201,20 @@ class ToyWorld:
 
     def actions(self, scenes: Scenes, *, num_frames: int | None = None) -> Tensor:
         """Directions int64 [N, S, F - 1] taken from frame i to i + 1; the last goes on."""
-        steps = (num_frames or self.config.num_frames) - 1
+        steps = self._frames(num_frames) - 1
         segment = torch.arange(steps) * (self.config.turns + 1) // (self.config.num_frames - 1)
         return scenes.direction[..., segment.clamp(max=self.config.turns)]
+
+    def _frames(self, given: int | None) -> int:
+        if given is not None and given < 1:
+            raise ConfigError(f"num_frames={given} must be at least 1")
+        return self.config.num_frames if given is None else given
 
     def unfolded(self, start: Tensor, actions: Tensor) -> Tensor:
         """Centres [N, S, F, 2] without a boundary: `start` plus summed velocities of `actions`."""
         steps = self.velocity.to(start)[actions]
         return start.unsqueeze(2) + torch.cat(
-            [torch.zeros_like(steps[:, :, :1]), steps.cumsum(2)], dim=2
+            [torch.zeros_like(start).unsqueeze(2), steps.cumsum(2)], dim=2
         )
 
     def fold(self, centres: Tensor) -> Tensor:
@@ -250,7 +254,7 @@ class ToyWorld:
 
     def render(self, scenes: Scenes, *, num_frames: int | None = None) -> Tensor:
         """Pixels float32 [N, 3, F, H, W] in [-1, 1]; later shapes cover earlier ones."""
-        c, frames = self.config, num_frames or self.config.num_frames
+        c, frames = self.config, self._frames(num_frames)
         centres = self.trajectory(scenes, num_frames=frames)
         video = torch.full((len(scenes), 3, frames, c.height, c.width), c.background)
         batch = max(1, _RENDER_ELEMENTS // (frames * c.height * c.width))

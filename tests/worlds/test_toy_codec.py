@@ -99,3 +99,9 @@ def test_sizes_that_do_not_fold_are_refused():
         codec.frames_for(0)
     with pytest.raises(ConfigError, match="positive"):
         ToyCodec(temporal_stride=0)
+    with pytest.raises(ConfigError, match="gain=nan must be a finite number"):
+        ToyCodec(gain=float("nan"))
+    with pytest.raises(ConfigError, match="got torch.uint8"):
+        codec.encode(torch.zeros(1, 3, 5, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match="T, h, w"):
+        codec.decode(torch.zeros(1, 24, 0, 4, 4))

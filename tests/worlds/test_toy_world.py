@@ -157,11 +157,23 @@ def test_foreign_sentences_are_refused(sentence):
         ({"turns": 16}, "turns"),
         ({"radius": 2.6}, "radius"),
         ({"start_grid": -1.0}, "start_grid"),
+        ({"speed": float("nan")}, "speed=nan must be a finite number"),
+        ({"speed": -1.0}, "speed=-1.0 must be positive"),
+        ({"num_frames": 17.5}, "num_frames=17.5 must be a whole number"),
+        ({"background": 5.0}, "background=5.0 must be at most 1"),
     ],
 )
 def test_impossible_worlds_are_refused(settings, word):
     with pytest.raises(ConfigError, match=word):
         ToyWorldConfig(**settings)
+
+
+def test_any_number_of_frames_begins_as_more_do():
+    world = ToyWorld()
+    scenes = world.scenes(2, seed=0)
+    assert torch.equal(world.render(scenes, num_frames=1), world.render(scenes)[:, :, :1])
+    with pytest.raises(ConfigError, match="num_frames=0 must be at least 1"):
+        world.render(scenes, num_frames=0)
 
 
 def test_a_data_set_is_made_in_seconds():
