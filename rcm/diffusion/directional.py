@@ -27,6 +27,7 @@ from torch import Tensor
 from rcm.core.dual import jvp
 from rcm.core.errors import ConfigError
 from rcm.diffusion.interpolant import scale_per_frame
+from rcm.diffusion.time import require_same_shape
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -125,6 +126,7 @@ class Discrete(_Difference):
         differs between frames.
         """
         _require_shared(scale)
+        require_same_shape(x=x, velocity=velocity)
         with torch.no_grad():
             now = fn(x, t)
             before = fn(self.geometry.back(x, velocity, self.h), t - self.h)

@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
+
 TIMESTEP_SCALE = 1000.0
 
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
@@ -25,26 +27,34 @@ FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 def rf_to_trig(t_rf: Tensor) -> Tensor:
     """tau = arctan(t / (1 - t)), written arctan2(t, 1 - t): exact at t = 1, where it is pi/2."""
-    _require_precise("t_rf", t_rf)
+    require_precise("t_rf", t_rf)
     return torch.atan2(t_rf, 1 - t_rf)
 
 
 def trig_to_rf(tau: Tensor) -> Tensor:
     """t = sin(tau) / (cos(tau) + sin(tau)); dt/dtau = 1 / (cos + sin)^2."""
-    _require_precise("tau", tau)
+    require_precise("tau", tau)
     sin = torch.sin(tau)
     return sin / (torch.cos(tau) + sin)
 
 
 def rf_to_timestep(t_rf: Tensor) -> Tensor:
     """timestep = 1000 t, in the dtype of t; the denoiser casts it for the network."""
-    _require_precise("t_rf", t_rf)
+    require_precise("t_rf", t_rf)
     return TIMESTEP_SCALE * t_rf
 
 
 def shift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
     """s t / (1 + (s - 1) t): multiplies sigma by s; s <= 0 changes nothing (release)."""
     return t if shift <= 0 else shift * t / (1 + (shift - 1) * t)
+
+
+def check_shift(shift: float, *, knob: str = "shift") -> None:
+    """`ConfigError` for a shift that rounding leaves no times of: one above 0 that is not in 0.001
+    to 1000.
+    """
+    if not (shift <= 0 or 1e-3 <= shift <= 1e3):
+        raise ConfigError(f"{knob}={shift:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
 
 
 def unshift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
@@ -69,7 +79,20 @@ def per_frame(t: Tensor, x: Tensor) -> Tensor:
     return t[:, None, :, None, None]
 
 
-def _require_precise(name: str, value: Tensor) -> None:
+def require_same_shape(**tensors: Tensor) -> None:
+    """`ValueError` naming the arguments unless all tensors have one shape: a broadcast between
+    samples is always a mistake.
+    """
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            "shapes must agree, got "
+            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        )
+
+
+def require_precise(name: str, value: Tensor) -> None:
+    """`TypeError` unless `value` is float64 or float32."""
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} is {value.dtype}, expected float64 (float32 accepted): lower precision merges"

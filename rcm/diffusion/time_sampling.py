@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.core.records import Record
+from rcm.core.records import Record, check_kinds
 from rcm.diffusion.blocks import BlockPattern
-from rcm.diffusion.time import shift_time, unshift_time
+from rcm.diffusion.time import check_shift, shift_time, unshift_time
 
 BlockStrategy = Literal["random", "same", "fopp"]
 
@@ -42,6 +42,7 @@ class LogNormal:
     p_std: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not self.p_std > 0:
             raise ConfigError(f"LogNormal needs p_std > 0, got p_std={self.p_std}")
 
@@ -66,6 +67,10 @@ class UniformShift:
     """u ~ U[0, 1) and t = shift(u) (`time.shift_time`); shift <= 0 means no shift."""
 
     shift: float
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        check_shift(self.shift)
 
     def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
         """shift_time(u)."""
@@ -94,13 +99,12 @@ class TimeLawConfig(Record):
     shift: float = 5.0  # s, in 0.001 to 1000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name, value = ("p_std", self.p_std) if self.law == "lognormal" else ("shift", self.shift)
         if not value > 0:
             raise ConfigError(f"{name}={value} must be positive")
-        if name == "shift" and not 1e-3 <= value <= 1e3:
-            raise ConfigError(
-                f"shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12"
-            )
+        if name == "shift":
+            check_shift(value)
 
     def build(self) -> TimeLaw:
         """The law itself."""
@@ -122,6 +126,8 @@ class ConsistencyGrid:
     shift: float = 5.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        check_shift(self.shift)
         if not 1 <= self.skip <= self.num_steps:
             raise ConfigError(
                 f"dcm_skipping_interval_steps={self.skip} must lie in 1..{self.num_steps}"

@@ -8,7 +8,7 @@ data predictions agree, cos x_tau - sin F = x_t - t v. Solving for F,
                                        (cos - sin)
 
 is finite on the whole interval [0, pi/2]. Latents [B, C, T, H, W], tau [B, 1] or [B, T] float64;
-`ValueError` on other time shapes.
+`ValueError` on other time shapes and for latents of unequal shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rcm.diffusion.interpolant import scale_per_frame
-from rcm.diffusion.time import trig_to_rf
+from rcm.diffusion.time import require_same_shape, trig_to_rf
 
 
 def rf_point(x_tau: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,5 +30,6 @@ def trig_F(x_t: Tensor, v: Tensor, tau: Tensor) -> Tensor:
 
     `x_t` is the RF sample (of `rf_point`), not x_tau. Derivatives pass through.
     """
+    require_same_shape(x_t=x_t, v=v)
     cos, sin = torch.cos(tau), torch.sin(tau)
     return scale_per_frame(cos - sin, x_t) + scale_per_frame(1 / (cos + sin), v)

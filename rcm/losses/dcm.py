@@ -14,7 +14,7 @@ from rcm.losses.term import (
     NonFinitePolicy,
     Reduction,
     frame_sum,
-    require_same_shape,
+    require_videos,
     sample_sum,
     screen_samples,
 )
@@ -61,7 +61,7 @@ def _squared_error(
     nonfinite: NonFinitePolicy,
     name: str,
 ) -> LossTerm:
-    require_same_shape(x0_student=x0_student, x0_target=x0_target)
+    require_videos(x0_student=x0_student, x0_target=x0_target)
     (x0_student, x0_target), bad = screen_samples(nonfinite, x0_student, x0_target.detach())
     per_sample = reduction((x0_student - x0_target) ** 2)
     return LossTerm(name, loss_scale * per_sample.mean(), {f"{name}/nonfinite_samples": bad})

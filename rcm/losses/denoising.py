@@ -19,7 +19,7 @@ from rcm.losses.term import (
     LossTerm,
     NonFinitePolicy,
     frame_sum,
-    require_same_shape,
+    require_videos,
     sample_mean,
     sample_sum,
     screen_samples,
@@ -52,7 +52,7 @@ def diffusion_loss(
     `weight` maps the times elementwise (`gaussian_bell`), None is 1. With times [B, T] each frame
     has its own weight (diffusion forcing).
     """
-    require_same_shape(v=v, x0=x0, eps=eps)
+    require_videos(v=v, x0=x0, eps=eps)
     (v, target), bad = screen_samples(nonfinite, v, rf_velocity(x0, eps).detach())
     w = torch.ones_like(t_rf) if weight is None else weight(t_rf)
     per_sample = frame_sum(scale_per_frame(w, (v - target) ** 2))
@@ -75,7 +75,7 @@ def bidirectional_critic_loss(
     division by sin: finite at tau = 0. `generated` is a constant; `v_fake` is the network's RF
     velocity, with graph.
     """
-    require_same_shape(v_fake=v_fake, generated=generated, eps=eps)
+    require_videos(v_fake=v_fake, generated=generated, eps=eps)
     (v_fake, target), bad = screen_samples(nonfinite, v_fake, rf_velocity(generated, eps).detach())
     b = 1 / (torch.cos(tau) + torch.sin(tau))
     per_sample = sample_sum(scale_per_frame(b, v_fake - target) ** 2)
@@ -93,7 +93,7 @@ def causal_critic_loss(
     """Fake-score regression of self-forced DMD (Causal_rCM.md section 6, decision A7): mean over
     [C, T, H, W] of (v_fake - (eps - G))^2, G constant.
     """
-    require_same_shape(v_fake=v_fake, generated=generated, eps=eps)
+    require_videos(v_fake=v_fake, generated=generated, eps=eps)
     (v_fake, target), bad = screen_samples(nonfinite, v_fake, rf_velocity(generated, eps).detach())
     per_sample = sample_mean((v_fake - target) ** 2)
     return LossTerm(name, per_sample.mean(), {f"{name}/nonfinite_samples": bad})
@@ -114,7 +114,7 @@ def ode_pair_loss(
     Frames at t = 0 are masked: they are the endpoint already; the mean runs over the frames that
     remain, and a sample without any adds 0.
     """
-    require_same_shape(x0_student=x0_student, endpoint=endpoint)
+    require_videos(x0_student=x0_student, endpoint=endpoint)
     (x0_student, endpoint), bad = screen_samples(nonfinite, x0_student, endpoint.detach())
     kept = (
         (per_frame(t_rf, x0_student) > 0)

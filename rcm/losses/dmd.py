@@ -14,7 +14,7 @@ import torch
 from rcm.losses.term import (
     LossTerm,
     NonFinitePolicy,
-    require_same_shape,
+    require_videos,
     sample_mean,
     sample_sum,
     screen_samples,
@@ -27,7 +27,7 @@ def dmd_normaliser(
     """w = max(mean |G - x0_teacher|, floor) per sample, float64 [B]; the mean runs over [C, T, H,
     W].
     """
-    require_same_shape(generated=generated, x0_teacher=x0_teacher)
+    require_videos(generated=generated, x0_teacher=x0_teacher)
     return sample_mean(
         (generated.detach().double() - x0_teacher.detach().double()).abs()
     ).clamp_min(floor)
@@ -42,7 +42,7 @@ def dmd_target(
     block-wise (replayed) loss sees the same casualties as the whole-video one. `ValueError` on
     unequal shapes.
     """
-    require_same_shape(generated=generated, x0_fake=x0_fake, x0_teacher=x0_teacher)
+    require_videos(generated=generated, x0_fake=x0_fake, x0_teacher=x0_teacher)
     generated, x0_fake, x0_teacher = (x.detach().double() for x in (generated, x0_fake, x0_teacher))
     score_difference = x0_fake - x0_teacher
     w = dmd_normaliser(generated, x0_teacher, floor=floor)
@@ -66,7 +66,7 @@ def dmd_loss(
     frames of both: the sum is additive over frames. Logs: root mean square of the pull G - target,
     and the number of non-finite samples. `ValueError` on unequal shapes.
     """
-    require_same_shape(generated=generated, target=target)
+    require_videos(generated=generated, target=target)
     (generated, target), bad = screen_samples(nonfinite, generated, target.detach())
     pull = generated.double() - target
     logs = {

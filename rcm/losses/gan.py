@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from rcm.core.errors import ConfigError
+from rcm.diffusion.time import require_same_shape
 from rcm.losses.term import (
     LossTerm,
     NonFinitePolicy,
-    require_same_shape,
+    require_videos,
     sample_sum,
     screen_samples,
 )
@@ -108,7 +109,7 @@ def gan_generator_loss(
     form adds up over frames, so that replay passes one block's frames of both and their share of
     `loss`. Logs: the number of non-finite samples. `ValueError` on unequal shapes.
     """
-    require_same_shape(generated=generated, gradient=gradient)
+    require_videos(generated=generated, gradient=gradient)
     (generated, gradient, loss), bad = screen_samples(
         nonfinite, generated, gradient.detach(), loss.detach()
     )

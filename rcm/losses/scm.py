@@ -23,7 +23,7 @@ from rcm.diffusion.interpolant import scale_per_frame
 from rcm.losses.term import (
     LossTerm,
     NonFinitePolicy,
-    require_same_shape,
+    require_videos,
     sample_sum,
     screen_samples,
 )
@@ -106,6 +106,7 @@ def normalise(g: torch.Tensor, c: float = 0.1) -> torch.Tensor:
     c; the original sCM and every public code path use the norm itself (decision A1). A NaN anywhere
     in a sample makes all of the sample NaN.
     """
+    require_videos(g=g)
     wide = g.detach().double()
     norm = wide.flatten(1).norm(dim=1).view(-1, *[1] * (g.dim() - 1))
     return (wide / (norm + c)).to(torch.promote_types(g.dtype, torch.float32))
@@ -127,7 +128,7 @@ def scm_regression(
     batch mean. Logs: the norm of g_hat (near 1 when ||g|| >> c) and the number of non-finite
     samples. `ValueError` on unequal shapes.
     """
-    require_same_shape(pred=pred, g_hat=g_hat)
+    require_videos(pred=pred, g_hat=g_hat)
     (pred, g_hat), bad = screen_samples(nonfinite, pred, g_hat.detach())
     per_sample = sample_sum((pred - pred.detach() - g_hat) ** 2)
     logs = {
@@ -142,4 +143,4 @@ def _check(warmup: float, **tensors: torch.Tensor) -> None:
         raise ValueError(
             f"tangent warm-up ratio is {warmup}, expected a number in [0, 1] (see warmup_ratio)"
         )
-    require_same_shape(**tensors)
+    require_videos(**tensors)

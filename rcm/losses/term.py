@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.diffusion.time import require_same_shape
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 NonFinitePolicy = Literal["propagate", "zero_sample"]
@@ -98,16 +99,14 @@ def screen_samples(
     return tensors, (~finite).sum()
 
 
-def require_same_shape(**tensors: torch.Tensor) -> None:
-    """`ValueError` naming the arguments unless all tensors have one shape: a broadcast inside a
-    loss is always a mistake.
+def require_videos(**tensors: torch.Tensor) -> None:
+    """`ValueError` naming the arguments unless all are [B, C, T, H, W] of one shape: without B,
+    channels would be taken for samples.
     """
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(
-            "shapes must agree, got "
-            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        )
+    require_same_shape(**tensors)
+    for name, x in tensors.items():
+        if x.dim() != 5:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [B, C, T, H, W]")
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds, require_kind
 from rcm.diffusion.blocks import BlockPattern
 from rcm.samplers.schedule import few_step_grid
 
@@ -29,6 +30,7 @@ class StepSchedule:
     mids: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not self.mids:
             raise ConfigError(
                 "a step schedule needs at least one entry of mid times (an empty entry () means one"
@@ -73,6 +75,7 @@ class StepSchedule:
             )
         mids = []
         for i, num in enumerate(steps):
+            require_kind(f"{knob}[{i}]", num, int)
             if num < 1:
                 raise ConfigError(f"{knob}[{i}]={num} must be at least 1")
             source = tuple(schedules[i]) if schedules else tuple(default_mids)
@@ -102,6 +105,7 @@ class ContextRule:
     start_chunk: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.start_chunk < 0:
             raise ConfigError(f"context_from_last_step_start_chunk={self.start_chunk} must be >= 0")
 

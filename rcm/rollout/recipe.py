@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rcm.core.errors import ConfigError
-from rcm.core.records import Record
+from rcm.core.records import Record, within
 from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.time import check_shift
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, block_plan, ode_block_plan
@@ -37,10 +38,10 @@ class SamplingRecipe(Record):
     kind: Literal["few_step", "flow_map", "ode"]
     pattern: str
     mids: tuple[tuple[float, ...], ...] = (CAUSAL_MID_TIMES,)
-    sigma_max: float = 1600.0
+    sigma_max: float = within(1600.0, above=0)
     noisy_context: bool = False
-    noisy_context_start_chunk: int = 0
-    ode_steps: int = 50
+    noisy_context_start_chunk: int = within(0, least=0)
+    ode_steps: int = within(50, least=1)
     shift: float = 3.0
     guidance: float = 1.0
     window: int | None = None
@@ -48,6 +49,7 @@ class SamplingRecipe(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_shift(self.shift)
         BlockPattern.parse(self.pattern)
         StepSchedule(self.mids)
         if self.window is not None:

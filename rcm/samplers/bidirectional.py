@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rcm.diffusion.time import require_same_shape
 from rcm.samplers.steps import StepRule
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -81,6 +82,7 @@ def sample_video(
     x = noise * times[0] if scale_first else noise
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity(x, t)
+        require_same_shape(x=x, velocity=v)
         fresh = None
         if rule.needs_noise:
             fresh = torch.randn(

@@ -14,6 +14,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from rcm.core.errors import ConfigError
+from rcm.diffusion.time import check_shift
 
 TRIG_MID_TIMES = (1.5, 1.4, 1.0)
 """TrigFlow midpoints (radians) of the bidirectional few-step sampler; spec of rCM's released
@@ -45,8 +46,7 @@ def shifted_grid(num_steps: int, *, shift: float, sigma_max: float) -> tuple[flo
     """
     if num_steps < 1:
         raise ConfigError(f"num_steps={num_steps} must be at least 1")
-    if not math.isfinite(shift):
-        raise ConfigError(f"shift={shift} must be finite; change the timestep shift")
+    check_shift(shift, knob="timestep shift")
     s = shift if shift > 0 else 1.0
     start = initial_time(sigma_max)
     u0 = start / (s - (s - 1) * start)
@@ -103,11 +103,14 @@ def parse_times(text: str | Iterable[str | float]) -> tuple[float, ...]:
         else [w for part in text for w in re.split(r"[,\s]+", str(part))]
     )
     try:
-        return tuple(float(Fraction(w)) for w in words if w)
-    except (ValueError, ZeroDivisionError) as error:
+        times = tuple(float(Fraction(w) if "/" in w else w) for w in words if w)
+        if not all(map(math.isfinite, times)):
+            raise ValueError("no finite number")
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(
             f"cannot read times from {text!r}: write numbers or fractions such as '15/16 5/6 5/8'"
         ) from error
+    return times
 
 
 def parse_schedules(text: str) -> tuple[tuple[float, ...], ...]:

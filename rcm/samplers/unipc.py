@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
+from rcm.diffusion.time import require_same_shape
 from rcm.samplers.bidirectional import Velocity
 
 SINGLE_WEIGHT = 0.5
@@ -54,6 +56,7 @@ class UniPC:
     order: int = 2
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not 1 <= self.order <= 3:
             raise ConfigError(f"UniPC order must be 1, 2 or 3, got {self.order}")
         if len(self.times) < 2 or self.times[0] >= 1 or self.times[-1] != 0:
@@ -72,7 +75,9 @@ class UniPC:
         history: list[_Evaluation] = []
         steps = len(self.times) - 1
         for i, (t, t_next) in enumerate(zip(self.times[:-1], self.times[1:], strict=True)):
-            now = _Evaluation(x - t * velocity(x, t), _log_snr(t))
+            v = velocity(x, t)
+            require_same_shape(x=x, velocity=v)
+            now = _Evaluation(x - t * v, _log_snr(t))
             if history:
                 x = _step(last_x, history, last_order, t_from=self.times[i - 1], t_to=t, end=now)
             history = [*history, now][-self.order :]

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from rcm.diffusion import interpolant as I
+from rcm.diffusion.directional import Discrete, RFStep
+from rcm.diffusion.wan_as_trigflow import trig_F
 
 F64 = torch.float64
 N = 3  # every axis, so that a wrong broadcast cannot fail by shape
@@ -114,3 +116,25 @@ def test_flat_times_are_refused():
     for name in ("rf_noise", "trig_noise", "rf_x0", "trig_x0", "trig_velocity"):
         with pytest.raises(ValueError, match="expected"):
             getattr(I, name)(x0, eps, torch.rand(N, dtype=F64))
+
+
+def test_latents_that_would_broadcast_and_coarse_times_are_refused():
+    """A velocity of one channel, frame or sample would serve all of them unseen."""
+    x, y = _latents(2)
+    t = _times(1, 1.0)
+    calls = {
+        "rf_noise": (t,), "rf_velocity": (), "rf_x0": (t,), "rf_euler": (t, t / 2),
+        "trig_noise": (t,), "trig_velocity": (t,), "trig_x0": (t,), "trig_euler": (t, t / 2),
+    }  # fmt: skip
+    for name, times in calls.items():
+        for narrow in (y[:1], y[:, :1], y[:, :, :1], y[..., 0]):
+            with pytest.raises(ValueError, match="shapes must agree"):
+                getattr(I, name)(x, narrow, *times)
+        for dtype in (torch.bfloat16, torch.float16):
+            if times:
+                with pytest.raises(TypeError, match="time is .* expected float64"):
+                    getattr(I, name)(x, y, *(time.to(dtype) for time in times))
+    with pytest.raises(ValueError, match="shapes must agree"):
+        trig_F(x, y[:, :1], t)
+    with pytest.raises(ValueError, match="shapes must agree"):
+        Discrete(RFStep())(lambda x, t: x, x, t, velocity=y[:, :1])

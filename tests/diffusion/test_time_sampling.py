@@ -5,7 +5,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.time import shift_time
-from rcm.diffusion.time_sampling import ConsistencyGrid, LogNormal, UniformShift
+from rcm.diffusion.time_sampling import ConsistencyGrid, LogNormal, TimeLawConfig, UniformShift
 from tests.support.statistics import ks_bound, ks_distance
 
 F64 = torch.float64
@@ -121,3 +121,31 @@ def test_bad_grids():
             ConsistencyGrid(num_steps, skip)
     with pytest.raises(ValueError, match=r"\[B, 1\]"):
         ConsistencyGrid().times(torch.zeros(3, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda bad: LogNormal(bad, 1.6),
+        lambda bad: LogNormal(-0.8, bad),
+        lambda bad: UniformShift(bad),
+        lambda bad: TimeLawConfig(p_mean=bad),
+        lambda bad: TimeLawConfig(shift=bad),
+        lambda bad: ConsistencyGrid(shift=bad),
+        lambda bad: ConsistencyGrid(num_steps=bad),
+    ],
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "5", None, True])
+def test_laws_are_made_of_finite_numbers(make, bad):
+    with pytest.raises(ConfigError, match="must be a (finite|whole) number"):
+        make(bad)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda s: UniformShift(s), lambda s: ConsistencyGrid(shift=s), lambda s: TimeLawConfig("uniform_shift", shift=s)]
+)
+def test_a_shift_leaves_times_to_tell_apart(make):
+    for shift in (1e-300, 9e-4, 1001.0):
+        with pytest.raises(ConfigError, match=r"shift=.* must be in 0.001 to 1000"):
+            make(shift)
+    make(1e-3), make(1000.0)

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.losses.term import LossTerm, frame_sum, require_same_shape, sample_mean, sample_sum, screen_samples
+from rcm.diffusion.time import require_same_shape
+from rcm.losses.dcm import bidirectional_dcm, causal_dcm
+from rcm.losses.denoising import bidirectional_critic_loss, causal_critic_loss, diffusion_loss, ode_pair_loss
+from rcm.losses.dmd import dmd_loss, dmd_target
+from rcm.losses.gan import gan_generator_loss
+from rcm.losses.scm import normalise, scm_regression
+from rcm.losses.term import LossTerm, frame_sum, sample_mean, sample_sum, screen_samples
 
 F64 = torch.float64
 
@@ -57,3 +63,27 @@ def test_shapes_are_named():
     require_same_shape(a=torch.zeros(2, 1), b=torch.zeros(2, 1))
     with pytest.raises(ValueError, match=r"a \(2, 1\), b \(2, 2\)"):
         require_same_shape(a=torch.zeros(2, 1), b=torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, t: scm_regression(x, x),
+        lambda x, t: normalise(x),
+        lambda x, t: bidirectional_dcm(x, x),
+        lambda x, t: causal_dcm(x, x),
+        lambda x, t: diffusion_loss(x, x, x, t),
+        lambda x, t: bidirectional_critic_loss(x, x, x, t),
+        lambda x, t: causal_critic_loss(x, x, x),
+        lambda x, t: ode_pair_loss(x, x, t),
+        lambda x, t: dmd_target(x, x, x),
+        lambda x, t: dmd_loss(x, x),
+        lambda x, t: gan_generator_loss(x, x, t),
+    ],
+)
+def test_channels_are_not_taken_for_samples(loss):
+    """A video without its batch."""
+    x, t = torch.zeros(3, 2, 4, 4), torch.full((3, 1), 0.5, dtype=F64)
+    with pytest.raises(ValueError, match=r"has shape \(3, 2, 4, 4\), expected \[B, C, T, H, W\]"):
+        loss(x, t)
+    loss(x[None], t[:1])

@@ -82,6 +82,20 @@ def test_configurations_refuse_what_does_not_fit():
         tiny_config(num_heads=16)
     with pytest.raises(ConfigError, match="patch"):
         tiny_config(patch=(2, 2, 2))
+    for wrong in (
+        {"num_layers": 0},
+        {"ffn_dim": -4},
+        {"text_len": 0},
+        {"in_dim": 0},
+        {"dim": 64.0},
+        {"dim": "64"},
+        {"patch": [1, 2, 2]},
+        {"patch": (1, 0, 2)},
+    ):
+        with pytest.raises(ConfigError, match=f"net.{next(iter(wrong))}=.* must be a"):
+            tiny_config(**wrong)
+    with pytest.raises(ConfigError, match="net.eps=-1.0 must be positive"):
+        tiny_config(eps=-1.0)
     with pytest.raises(ConfigError, match="latent width"):
         tiny_config().token_grid(4, 5)
 

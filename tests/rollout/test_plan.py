@@ -151,3 +151,29 @@ def test_many_steps_may_leave_noisy_context():
     first, second = recipe.plan(0), recipe.plan(1)
     assert (first.commit, first.commit_time) == ("clean", 0.0)
     assert (second.commit, second.commit_time) == ("last_input", second.times[-2])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StepSchedule((0.5,)), "mids=.* must be a tuple, of which each is a tuple"),
+        (lambda: StepSchedule((("0.5",),)), "mids=.* must be a tuple"),
+        (
+            lambda: StepSchedule.from_lists(steps=[True], schedules=[], default_mids=(0.5,)),
+            r"steps_per_chunk\[0\]=True must be a whole number",
+        ),
+        (
+            lambda: StepSchedule.from_lists(steps=[1, 1.5], schedules=[], default_mids=(0.5,)),
+            r"steps_per_chunk\[1\]=1.5 must be a whole number",
+        ),
+        (lambda: ContextRule("no"), "noisy='no' must be True or False"),
+        (lambda: ContextRule(True, 1.5), "start_chunk=1.5 must be a whole number"),
+        (lambda: SamplingRecipe("ode", "c1-1", sigma_max=-1.0), "sigma_max=-1.0 must be positive"),
+        (lambda: SamplingRecipe("ode", "c1-1", ode_steps=0), "ode_steps=0 must be at least 1"),
+        (lambda: SamplingRecipe("ode", "c1-1", noisy_context_start_chunk=-1), "noisy_context_start_chunk=-1 must be at least 0"),
+        (lambda: SamplingRecipe("ode", "c1-1", shift=1e-300), "shift=1e-300 must be in 0.001 to 1000"),
+    ],
+)
+def test_settings_of_a_wrong_kind_or_size_are_refused_before_a_plan_is_made(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.samplers.bidirectional import sample_video
+from rcm.samplers.bidirectional import SingleStep, sample_video
 from rcm.samplers.schedule import CAUSAL_MID_TIMES, few_step_grid, initial_time, parse_schedules, parse_times, shifted_grid, trig_grid
 from rcm.samplers.steps import ConsistencyStep, EulerStep
+from rcm.samplers.unipc import UniPC
 
 
 @pytest.mark.parametrize(("sigma_max", "expected"), [(80, 987.654), (200, 995.02), (120, 991.74)])
@@ -52,7 +53,7 @@ def test_schedules_keep_empty_entries():
     assert parse_schedules("") == ()
 
 
-@pytest.mark.parametrize("bad", ["a", "1/0", "0.5;0.3"])
+@pytest.mark.parametrize("bad", ["a", "1/0", "0.5;0.3", "1e400", "nan", "1/2 inf"])
 def test_unreadable_times_name_the_text(bad):
     with pytest.raises(ConfigError, match="cannot read times"):
         parse_times(bad)
@@ -100,3 +101,16 @@ def test_consistency_step_jumps_and_renoises():
     torch.testing.assert_close(ConsistencyStep()(x, v, t=0.8, t_next=0.0, noise=None), x - 0.8 * v)
     with pytest.raises(ValueError, match="noise"):
         ConsistencyStep()(x, v, t=0.8, t_next=0.3, noise=None)
+
+
+def test_a_velocity_of_another_shape_is_refused():
+    noise = torch.zeros(1, 3, 2, 2, 2, dtype=torch.float64)
+    for sampler in (SingleStep((0.9, 0.5, 0.0), EulerStep()), UniPC((0.9, 0.5, 0.0))):
+        with pytest.raises(ValueError, match=r"x \(1, 3, 2, 2, 2\), velocity \(1, 1, 2, 2, 2\)"):
+            sampler.sample(lambda x, t: x[:, :1], noise)
+
+
+def test_unipc_is_made_of_finite_numbers():
+    for wrong in ({"times": (0.9, math.nan, 0.0)}, {"times": (0.9, 0.0), "order": True}, {"times": (0.9, 0.0), "order": 1.5}):
+        with pytest.raises(ConfigError, match="must be a"):
+            UniPC(**wrong)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rcm.core.errors import ConfigError, require_divisible, require_equal
+from rcm.core.records import check_kinds
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class WanConfig:
     two_times: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self, prefix="net.")
+        for key, value in asdict(self).items():
+            least = 0 if key == "image_positions" else 1
+            if type(value) is int and value < least:
+                raise ConfigError(f"net.{key}={value} must be at least {least}")
+        if not self.eps > 0:
+            raise ConfigError(f"net.eps={self.eps} must be positive")
+        if min(self.patch) < 1:
+            raise ConfigError(f"net.patch={self.patch} must be at least 1 in each direction")
         heads, halves = "net.num_heads", "cosine and sine halves"
         require_divisible("net.dim", value=self.dim, by=self.num_heads, by_name=heads, knob=heads)
         require_divisible(
