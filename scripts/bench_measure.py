@@ -320,30 +320,25 @@ def floor_of(net: nn.Module, call: Callable[[], object], *, repeats: int) -> dic
         attentions[key] += 1
         cores[key] = module
 
+    watchers = (nn.Linear, see_product), (AttentionCore, see_attention)
     hooks = [
-        m.register_forward_pre_hook(see_product) for m in net.modules() if isinstance(m, nn.Linear)
-    ]
-    hooks += [
-        m.register_forward_pre_hook(see_attention)
-        for m in net.modules()
-        if isinstance(m, AttentionCore)
+        module.register_forward_pre_hook(see)
+        for module in net.modules()
+        for kind, see in watchers
+        if isinstance(module, kind)
     ]
     call()
     for hook in hooks:
         hook.remove()
     parts: list[dict[str, Any]] = []
     for (rows, width, out, dtype), count in products.items():
-        operands = [
-            torch.randn(shape, device="cuda").to(dtype)
-            for shape in ((rows, width), (out, width), (out,))
-        ]
+        shapes = ((rows, width), (out, width), (out,))
+        operands = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
         what, call = f"product {rows} x {width} x {out} {dtype}", partial(F.linear, *operands)
         parts.append({"what": what, "count": count, "ms": alone(call, repeats=repeats)})
     for key, count in attentions.items():
         operands = [torch.randn(shape, device="cuda").to(torch.bfloat16) for shape in key[:3]]
-        what, call = (
-            f"attention of {key[0]} to {key[1][1]} keys",
-            partial(cores[key], *operands, key[3]),
-        )
+        call = partial(cores[key], *operands, key[3])
+        what = f"attention of {key[0]} to {key[1][1]} keys"
         parts.append({"what": what, "count": count, "ms": alone(call, repeats=repeats)})
     return {"parts": parts, "floor_ms": sum(part["count"] * part["ms"] for part in parts)}

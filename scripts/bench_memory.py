@@ -32,6 +32,7 @@ from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.planner import Prediction, predict
 from rcm.train.planner_card import GIB, H200
 from scripts.bench_measure import bench_flags, forget, in_words, machine, require_card, write
+from scripts.bench_scale_rows import NO_FILES
 from scripts.bench_scale_run import Meter, Watch, longest_rollout, scripted_phases, trained
 
 _PREFIX = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
@@ -43,12 +44,6 @@ CASES: dict[str, list[str]] = {
 """On one card; the 14B fake score of the last one would need 213 GiB of states and gradients."""
 
 ONE_CARD = ["model.config.fsdp_shard_size=1", "model_parallel.context_parallel_size=1"]
-NO_FILES = [
-    "dataloader_train.kind=fake",
-    "dataloader_train.num_workers=0",
-    "dataloader_train.num_videos=2",
-    "model.config.allow_random_init=True",
-]
 
 
 @dataclass(frozen=True)

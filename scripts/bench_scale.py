@@ -34,7 +34,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -100,11 +100,8 @@ class Watchdog:
 
     @staticmethod
     def _end(seconds: float, what: str) -> None:
-        print(
-            f"{what}: not done after {seconds:.0f} s; this process ends",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"{what}: not done after {seconds:.0f} s; this process ends"
+        print(told, file=sys.stderr, flush=True)
         os._exit(3)
 
 
@@ -115,13 +112,12 @@ class Bench:
         self, options: argparse.Namespace, *, ranks: int, device: torch.device, ledger: Ledger
     ) -> None:
         self.options, self.ranks, self.device, self.ledger = options, ranks, device, ledger
-        self.on = (
-            present_card()
-            if device.type == "cuda"
-            else card(options.gpu, memory_gib=options.memory_gib)
-        )
+        stated = partial(card, options.gpu, memory_gib=options.memory_gib)
+        self.on = present_card() if device.type == "cuda" else stated()
         self.main = dist.get_rank() == 0
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
+        fused = device.type == "cuda"
+        self.how = {"ranks": ranks, "on": self.on, "tiny": options.small, "fused": fused}
 
     def run(self, rows: Sequence[Row]) -> int:
         """Exit status: 0 if every row of this launch was measured, left out, or ran out of memory;
@@ -131,13 +127,7 @@ class Bench:
             if self.told(row.name in self.ledger.done):
                 continue
             try:
-                found = planned(
-                    row,
-                    ranks=self.ranks,
-                    on=self.on,
-                    tiny=self.options.small,
-                    fused=self.device.type == "cuda",
-                )
+                found = planned(row, **self.how)
             except ConfigError as error:
                 self.finish(row, {"status": "refused", "why": str(error)})
                 continue
@@ -147,9 +137,8 @@ class Bench:
             self.ledger.begin(row.name)
             if self.measure(found) == "stopped":
                 return INTERRUPTED
-        return self.told(
-            int(any(end in ("failed", "refused") for end in self.ledger.done.values()))
-        )
+        ends = self.ledger.done.values()
+        return self.told(int(any(end in ("failed", "refused") for end in ends)))
 
     def told(self, decision: Any) -> Any:
         """What rank 0 says."""
@@ -162,10 +151,8 @@ class Bench:
         needed = found.iterations_seconds(self.options.repeats)
         prediction = found.prediction
         if not prediction.fits:
-            return (
-                f"needs {prediction.reserved / 2**30:.1f} of {self.on.gib:.1f} GiB, the average"
-                " left out"
-            )
+            reserved = prediction.reserved / 2**30
+            return f"needs {reserved:.1f} of {self.on.gib:.1f} GiB, the average left out"
         if needed > self.options.limit:
             return f"would take {needed:.0f} s, more than --limit {self.options.limit:g}"
         left = self.options.budget - self.ledger.spent()
@@ -193,10 +180,8 @@ class Bench:
             )
             ends: list[Attempt] = [own] * self.ranks
             dist.all_gather_object(ends, own, group=self.control)
-        worst = next(
-            (end for end in ends if end.status == "failed"),
-            next((end for end in ends if end.status != "measured"), own),
-        )
+        broken = [end for end in ends if end.status != "measured"]
+        worst = max(broken, key=lambda end: end.status == "failed", default=own)
         if worst.status == "measured":
             record = measured_record(found.prediction, found.flops, ends)
         else:
@@ -267,15 +252,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.idle(*run, "json", beside="plan_only")
     parser.idle(*(name for name in parser.names if name not in _REPORT), beside="report")
 
-    def measures(options: argparse.Namespace) -> bool:
-        return not (options.list or options.plan_only or options.report)
+    def on_cards(options: argparse.Namespace) -> bool:
+        told = options.list or options.plan_only or options.report
+        return options.device == "cuda" and not told
 
-    parser.idle(
-        "gpu",
-        "memory_gib",
-        beside="plan_only",
-        when=lambda options: measures(options) and options.device == "cuda",
-    )
+    parser.idle("gpu", "memory_gib", beside="plan_only", when=on_cards)
     return parser.parse_args(argv)
 
 
@@ -311,11 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan_only:
         on = card(options.gpu, memory_gib=options.memory_gib)
         plans = [planned(row, ranks=ranks, on=on, tiny=options.small, fused=True) for row in rows]
+        spent = [p.iterations_seconds(options.repeats) + BUILDING for p in plans]
         print_plan(
-            [
-                (p.row.name, p.prediction, p.lean, p.iterations_seconds(options.repeats) + BUILDING)
-                for p in plans
-            ]
+            (p.row.name, p.prediction, p.lean, seconds)
+            for p, seconds in zip(plans, spent, strict=True)
         )
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -324,13 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             " script"
         )
     with process_group(options.device) as device:
-        ledger = Ledger(
-            options.json if dist.get_rank() == 0 else None,
-            ranks=dist.get_world_size(),
-            device=device,
-        )
-        status = Bench(options, ranks=dist.get_world_size(), device=device, ledger=ledger).run(rows)
-        if dist.get_rank() == 0:
+        first, world = dist.get_rank() == 0, dist.get_world_size()
+        ledger = Ledger(options.json if first else None, ranks=world, device=device)
+        status = Bench(options, ranks=world, device=device, ledger=ledger).run(rows)
+        if first:
             print_comparison(ledger.records())
     return status or int(bool(unknown))
 

@@ -40,12 +40,8 @@ class Ledger:
         self._machine = {} if device is None else machine(device)
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if not restarted or "launch" not in self._content:
-            self._content["launch"] = {
-                "began": time.time(),
-                "ranks": ranks,
-                "running": None,
-                "done": {},
-            }
+            begun = {"began": time.time(), "ranks": ranks, "running": None, "done": {}}
+            self._content["launch"] = begun
         elif (name := self._launch["running"]) is not None:
             why = "the process ended; its messages say why"
             self.end({"row": name, "ranks": ranks, "status": "failed", "why": why})
@@ -75,11 +71,8 @@ class Ledger:
         self._launch["running"] = None
         self.done[record["row"]] = record["status"]
         old = next((r for r in self.records() if _key(r) == _key(record)), None)
-        if (
-            record["status"] not in ("not run", "stopped")
-            or old is None
-            or old["status"] != "measured"
-        ):
+        kept = old is not None and old["status"] == "measured"
+        if not kept or record["status"] not in ("not run", "stopped"):
             rest = [r for r in self.records() if r is not old]
             self._content["rows"] = [*rest, {**record, "machine": self._machine}]
         self._write()
@@ -157,13 +150,12 @@ def _totals(prediction: Prediction, kinds: Mapping[str, Mapping[str, Any]]) -> d
         "memory_ratio": prediction.peak / GIB / peak,
     }
     if all(kind["kernels"] for kind in kinds.values()):
-        whole = sum(kind["share"] * kind["kernels"]["seconds"] for kind in kinds.values())
+        profiled = {
+            role: kind["kernels"] | {"share": kind["share"]} for role, kind in kinds.items()
+        }
         for name in ("nccl", "exposed"):
-            found[f"{name}_share"] = (
-                sum(kind["share"] * kind["kernels"][f"{name}_ms"] for kind in kinds.values())
-                / 1e3
-                / whole
-            )
+            spent = _weighed(profiled, f"{name}_ms") / 1e3
+            found[f"{name}_share"] = spent / _weighed(profiled, "seconds")
     return found
 
 
@@ -176,18 +168,14 @@ def print_record(record: Mapping[str, Any]) -> None:
     name = f"{record['row']} on {record['ranks']}"
     predicted = record.get("predicted", {})
     if record["status"] != "measured":
-        told = (
-            f"; predicted {predicted['peak_gib']:.1f} GiB, {predicted['seconds']:.2f} s"
-            if predicted
-            else ""
-        )
+        told = ""
+        if predicted:
+            told = f"; predicted {predicted['peak_gib']:.1f} GiB, {predicted['seconds']:.2f} s"
         print(f"{name:<52} {record['status']}: {record['why']}{told}", flush=True)
         return
-    comm = (
-        f"comm {record['nccl_share']:.1%} (exposed {record['exposed_share']:.1%})"
-        if "nccl_share" in record
-        else ""
-    )
+    comm = ""
+    if "nccl_share" in record:
+        comm = f"comm {record['nccl_share']:.1%} (exposed {record['exposed_share']:.1%})"
     retries = sum(kind.get("allocator_retries", 0) for kind in record["kinds"].values())
     without = " without the average" if record.get("left_out") else ""
     without += f" {retries} allocator retries" if retries else ""
@@ -229,25 +217,18 @@ def print_plan(plans: Iterable[tuple[str, Prediction, Sequence[str], float]]) ->
 def print_comparison(records: Sequence[Mapping[str, Any]]) -> None:
     """Weak scaling and per-sample time against one GPU, and how far the planner was off."""
     done = [record for record in records if record["status"] == "measured"]
-    single = {
-        record["row"].removesuffix("-one"): record
-        for record in done
-        if record["row"].endswith("-one")
-    }
+    ones = [record for record in done if record["row"].endswith("-one")]
+    single = {record["row"].removesuffix("-one"): record for record in ones}
     for record in done:
         base, _, layout = record["row"].rpartition("-")
         one = single.get(base)
         if record["ranks"] == 1 or one is None:
             continue
         ratio = record["seconds_per_sample"] / one["seconds_per_sample"]
+        weak = f" (weak scaling {one['seconds'] / record['seconds']:.1%})"
         print(
             f"{record['row']} on {record['ranks']}: per-sample time {ratio:.3f} of one GPU's,"
-            f" efficiency {1 / ratio / record['ranks']:.1%}"
-            + (
-                f" (weak scaling {one['seconds'] / record['seconds']:.1%})"
-                if layout in ("fsdp", "hsdp")
-                else ""
-            )
+            f" efficiency {1 / ratio / record['ranks']:.1%}" + weak * (layout in ("fsdp", "hsdp"))
         )
     if done:
         for key, what in (("time_ratio", "time"), ("memory_ratio", "peak memory")):

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -47,15 +47,8 @@ NO_FILES = (
     "dataloader_train.num_videos=64",
     f"{M}.allow_random_init=True",
 )
-TINY = {
-    "dim": 128,
-    "ffn_dim": 512,
-    "num_heads": 4,
-    "num_layers": 3,
-    "text_dim": 64,
-    "text_len": 16,
-    "freq_dim": 32,
-}
+TINY = {"dim": 128, "ffn_dim": 512, "num_heads": 4, "num_layers": 3}
+TINY |= {"text_dim": 64, "text_len": 16, "freq_dim": 32}
 TINY_VIDEO = (f"{M}.latent_hw=[16,16]", f"{M}.state_t=6")
 MODE = f"{M}.net.sac_config.mode="
 QUICK = 8.0
@@ -90,21 +83,16 @@ class Row:
 
     def is_possible(self, ranks: int) -> bool:
         """Whether `ranks` ranks can take the layout."""
-        return (
-            ranks == 1
-            if self.layout == "one"
-            else ranks > 1 and ranks % LAYOUTS[self.layout][0] == 0
-        )
+        if self.layout == "one":
+            return ranks == 1
+        return ranks > 1 and ranks % LAYOUTS[self.layout][0] == 0
 
     def overrides(self, ranks: int) -> list[str]:
         """The experiment and its changes on `ranks` ranks."""
         _, copies, context = LAYOUTS[self.layout]
         experiment = EXPERIMENTS[self.recipe].format(size=SIZES[self.net])
-        grown = (
-            ["net=wan2pt1_14b"]
-            if self.net == "14B" and "{size}" not in EXPERIMENTS[self.recipe]
-            else []
-        )
+        is_small = self.net != "14B" or "{size}" in EXPERIMENTS[self.recipe]
+        grown = [] if is_small else ["net=wan2pt1_14b"]
         layout = [
             f"{M}.fsdp_shard_size={ranks // copies}",
             f"model_parallel.context_parallel_size={context}",
@@ -164,20 +152,12 @@ ROWS = (
     Row("tf_scm", "1.3B", "ulysses4"),
     Row("sf_dmd_replayed", "1.3B", "ulysses4"),
     Row("tf_diffusion", "1.3B", "fsdp", "accumulate2_last", _TWICE),
-    Row(
-        "tf_diffusion", "1.3B", "fsdp", "accumulate2_each", (*_TWICE, "trainer.gradient_sync=each")
-    ),
+    Row("tf_diffusion", "1.3B", "fsdp", "accumulate2_each", (*_TWICE, *_EACH)),
     Row("tf_diffusion", "1.3B", "fsdp", "bf16_reduce", reduce="bfloat16"),
     Row("tf_diffusion", "14B", "ulysses4", "keep_attention", _KEEP),
     Row("tf_scm", "14B", "ulysses4", "keep_attention", _KEEP),
-    Row("sf_dmd_replayed", "14B", "ulysses4", "each", ("trainer.gradient_sync=each",)),
-    Row(
-        "tf_diffusion",
-        "14B",
-        "ulysses4",
-        "accumulate2_each",
-        (*_TWICE, "trainer.gradient_sync=each"),
-    ),
+    Row("sf_dmd_replayed", "14B", "ulysses4", "each", _EACH),
+    Row("tf_diffusion", "14B", "ulysses4", "accumulate2_each", (*_TWICE, *_EACH)),
     Row("tf_diffusion", "14B", "ulysses4", "bf16_reduce", reduce="bfloat16"),
     Row("tf_dcm", "1.3B", "ulysses4"),
     Row("rcm", "1.3B", "fsdp"),
@@ -242,26 +222,19 @@ def chosen(patterns: str | None, *, ranks: int) -> tuple[tuple[Row, ...], list[s
     return tuple(found.values()), unknown
 
 
-def composed(row: Row, *, ranks: int, tiny: bool, more: Iterable[str] = ()) -> Run:
+def composed(row: Row, *, ranks: int, tiny: bool, more: Sequence[str] = ()) -> Run:
     """The run of a row with made-up data and random weights. `tiny`: every network and the video at
     a size for CPU tests.
 
     `ConfigError` where the configuration refuses, a key it does not know included.
     """
     words = [*row.overrides(ranks), *NO_FILES, *more]
-    run = _compose(words, ranks)
+    run = compose_run(words, world_size=ranks, require_inputs=False)
     if not tiny:
         return run
-    sizes = [
-        f"{M}.{key}.{name}={value}"
-        for key in networks(run.config.model.config)
-        for name, value in TINY.items()
-    ]
-    return _compose([*words, *sizes, *TINY_VIDEO], ranks)
-
-
-def _compose(words: Sequence[str], ranks: int) -> Run:
-    return compose_run(words, world_size=ranks, require_inputs=False)
+    nets, sizes = networks(run.config.model.config), TINY.items()
+    words += [f"{M}.{key}.{name}={value}" for key in nets for name, value in sizes]
+    return compose_run([*words, *TINY_VIDEO], world_size=ranks, require_inputs=False)
 
 
 @dataclass(frozen=True)
@@ -288,40 +261,25 @@ class Planned:
         return (self.warm + repeats) * sum(phase.seconds for phase in self.prediction.phases)
 
 
-def planned(
-    row: Row, *, ranks: int, on: Card, tiny: bool, fused: bool, more: Sequence[str] = ()
-) -> Planned:
+def planned(row: Row, *, ranks: int, on: Card, tiny: bool, fused: bool) -> Planned:
     """The row as it is, or, where that does not fit, without what `LEAN` leaves out. `ConfigError`
     for keys that are not known.
     """
-    found = _planned(row, (), ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
-    if found.prediction.reserved <= TIGHT * on.gib * 2**30:
-        return found
-    return _planned(row, LEAN, ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
+    how = {"ranks": ranks, "on": on, "tiny": tiny, "fused": fused}
+    found = _planned(row, (), **how)
+    fits = found.prediction.reserved <= TIGHT * on.gib * 2**30
+    return found if fits else _planned(row, LEAN, **how)
 
 
 def _planned(
-    row: Row,
-    lean: tuple[str, ...],
-    *,
-    ranks: int,
-    on: Card,
-    tiny: bool,
-    fused: bool,
-    more: Sequence[str],
+    row: Row, lean: tuple[str, ...], *, ranks: int, on: Card, tiny: bool, fused: bool
 ) -> Planned:
-    run = composed(row, ranks=ranks, tiny=tiny, more=(*lean, *more))
-    job = plan_job(run, ranks=ranks, fused=fused)
+    run = composed(row, ranks=ranks, tiny=tiny, more=lean)
+    once = job = plan_job(run, ranks=ranks, fused=fused)
     job = replace(job, reduce_bytes=2) if row.reduce else job
-    model = (
-        replace(run.config.model.config, replayed_training=False)
-        if row.recipe == "sf_dmd_replayed"
-        else run.config.model.config
-    )
-    once = plan_job(
-        replace(run, config=replace(run.config, model=replace(run.config.model, config=model))),
-        ranks=ranks,
-        fused=fused,
-    )
+    if row.recipe == "sf_dmd_replayed":
+        model = replace(run.config.model.config, replayed_training=False)
+        config = replace(run.config, model=replace(run.config.model, config=model))
+        once = plan_job(replace(run, config=config), ranks=ranks, fused=fused)
     flops = {phase.role: iteration_flops(once, phase) for phase in once.phases}
     return Planned(row, run, predict(job, on), lean, flops)
