@@ -32,6 +32,7 @@ from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.rng import require_seed
 from rcm.evaluation.vbench_images import placed_crops, placed_list, require_images, with_images
+from rcm.evaluation.vbench_manifest import beside
 from rcm.evaluation.vbench_prompts import (
     T2V_FILE,
     SuiteItem,
@@ -155,8 +156,8 @@ def run(flags: argparse.Namespace) -> None:
     check_numbers(flags)
     require_seed(flags.seed, knob="--seed", draws=flags.num_samples)
     items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
-    beside = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
-    folder = flags.output_dir or beside / output_name(flags)
+    parent = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
+    folder = flags.output_dir or parent / output_name(flags)
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         what = "cannot be written to" if place.is_dir() else "is a file"
@@ -203,7 +204,7 @@ def run(flags: argparse.Namespace) -> None:
     if complete:
         print(
             f"{who}complete: {len(items) * flags.num_samples} videos in {folder}, records in"
-            f" {folder}_run",
+            f" {beside(folder)}",
             flush=True,
         )
 

@@ -45,6 +45,7 @@ from rcm.evaluation.vbench_launch import (
 from rcm.evaluation.vbench_manifest import (
     EVAL_INFO,
     MANIFEST,
+    beside,
     read_manifest,
     require_unaltered,
 )
@@ -123,7 +124,7 @@ def run(flags: argparse.Namespace) -> None:
         raise ConfigError(
             f"--dimension {unknown[0]} is not of the suite {suite.name}: {', '.join(suite.names)}"
         )
-    results = flags.result_dir or Path(f"{flags.videos_path}_eval_results")
+    results = flags.result_dir or beside(flags.videos_path, "_eval_results")
     if flags.videos_path is not None and _score_videos(flags, suite, results):
         return
     found = read_results(results)
@@ -217,7 +218,7 @@ def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """The prompts to score: of the run if it left them, else the public list. Samples beyond the
     fifth are not scored.
     """
-    records = flags.videos_path.with_name(f"{flags.videos_path.name}_run")
+    records = beside(flags.videos_path)
     source = flags.full_json_dir
     if source is None and (records / EVAL_INFO).is_file():
         source = records / EVAL_INFO
@@ -308,7 +309,7 @@ def _vision_reward(flags: argparse.Namespace, results: Path) -> dict[str, float]
         raise ConfigError(
             "--vision_reward needs --videos_path with the videos and their vbench_eval_info.json"
         )
-    info = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
+    info = beside(flags.videos_path) / EVAL_INFO
     if not info.is_file():
         raise ConfigError(f"no {info}: sampling of the suite is not complete")
     scores = results / SCORES

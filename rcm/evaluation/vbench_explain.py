@@ -10,6 +10,7 @@ without limit.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def run_side(results: str | Path, *, videos: str | Path | None = None) -> Side:
         {name: result.score for name, result in found.items()},
         {name: result.num_videos for name, result in found.items() if result.num_videos},
     )
-    guessed = Path(str(results).removesuffix("_eval_results")) if videos is None else Path(videos)
+    guessed = videos or os.path.abspath(results).removesuffix("_eval_results")
     try:
         manifest = read_manifest(guessed)
     except ConfigError:

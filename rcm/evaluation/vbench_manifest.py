@@ -56,7 +56,7 @@ class RunFolder:
 
     def __init__(self, videos: str | Path, *, rank: int = 0) -> None:
         self.videos = Path(videos)
-        self.records = _beside(self.videos)
+        self.records = beside(self.videos)
         self._rank = rank
         self._known: dict[str, VideoRecord] = {}
         self._log: IO[str] | None = None
@@ -203,7 +203,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     were recorded up to now.
     """
     folder = Path(folder)
-    path = next((f / MANIFEST for f in (folder, _beside(folder)) if (f / MANIFEST).is_file()), None)
+    path = next((f / MANIFEST for f in (folder, beside(folder)) if (f / MANIFEST).is_file()), None)
     if path is None:
         raise ConfigError(
             f"no {MANIFEST} in {folder} or {folder.name}_run beside it: not a folder of"
@@ -232,9 +232,12 @@ def require_unaltered(videos: Path, records: Mapping[str, Mapping[str, Any]]) ->
             )
 
 
-def _beside(videos: Path) -> Path:
-    """The folder of the records of a folder of videos."""
-    return videos.with_name(f"{videos.name}_run")
+def beside(videos: Path, suffix: str = "_run") -> Path:
+    """What lies beside a folder of videos, `suffix` behind its name: its records."""
+    folder = Path(os.path.abspath(videos)) if videos.name in ("", "..") else videos
+    if not folder.name:
+        raise ConfigError(f"nothing can lie beside {videos}; choose a folder of videos in it")
+    return folder.with_name(folder.name + suffix)
 
 
 def _recorded(records: Path) -> dict[str, VideoRecord]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.evaluation.vbench_manifest import RunFolder, VideoRecord, file_sha256
+from rcm.evaluation.vbench_manifest import RunFolder, VideoRecord, beside, file_sha256
 from rcm.evaluation.vbench_prompts import SuiteItem
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.launch import this_launch
@@ -210,7 +210,7 @@ def _check_case(run: SuiteRun, share: Share) -> None:
     ]
     if not twins:
         return
-    probe = run.folder.with_name(f"{run.folder.name}_run") / f".Case{share.dp_rank}"
+    probe = beside(run.folder) / f".Case{share.dp_rank}"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.touch()
     blind = probe.with_name(probe.name.lower()).exists()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.evaluation.vbench_manifest import RunFolder, read_manifest
+from rcm.evaluation.vbench_manifest import RunFolder, beside, read_manifest
 from rcm.evaluation.vbench_prompts import T2V_FILE, SuiteItem, by_dimension, placed_extensions, read_rows, read_suite, with_extended
 from rcm.evaluation.vbench_sampling import ClipRequest, Share, SuiteRun, sample_suite
 from rcm.pipelines.video_io import VideoError, probe, read_mp4
@@ -213,6 +213,20 @@ def test_what_a_run_left_unfinished_is_known(tmp_path: Path) -> None:
     (images / "2.jpg").write_bytes(b"another")
     with pytest.raises(ConfigError, match=r"prompt 2-0.mp4 was made from another first frame"):
         sample_suite(run, Noise())
+
+
+def test_records_lie_beside_the_folder_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "v" / "inner")
+    assert [beside(Path(name)) for name in ("..", "../../v/", ".")] == [
+        tmp_path / "v_run",
+        Path("../../v_run"),
+        tmp_path / "v" / "inner_run",
+    ]
+    with pytest.raises(ConfigError, match="nothing can lie beside /"):
+        beside(Path("/"))
+    run = SuiteRun(items(1), Path("."), num_samples=1)
+    assert sample_suite(run, Noise()) and (tmp_path / "v" / "inner_run" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize(
