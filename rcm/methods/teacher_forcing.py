@@ -4,17 +4,23 @@ for tangents; the student's context; the roles of consistency (Causal_rCM.md sec
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rcm.core.dual import jvp
 from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
+from rcm.data.batch import LatentBatch
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.interpolant import rf_noise
-from rcm.losses.term import NonFinitePolicy
-from rcm.methods.base import StudentOnly
+from rcm.diffusion.time_sampling import TimeLaw
+from rcm.losses.scm import warmup_ratio
+from rcm.losses.term import LossTerm, NonFinitePolicy
+from rcm.methods.base import Phase, StudentOnly, Thunk
 from rcm.methods.draws import draw_noise
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
@@ -190,3 +196,30 @@ class TeacherForcedConsistency(StudentOnly):
     def student_context(self, x0: torch.Tensor, rng: StepRng, purpose: str) -> Context:
         """What the student is conditioned on in this step."""
         return self.context.of(x0, forcing=self.forcing, rng=rng, purpose=purpose)
+
+
+class TeacherForcedTangent(TeacherForcedConsistency, ABC):
+    """What TF-sCM and TF-MeanFlow add: times from `law`, and a tangent that grows over
+    `tangent_warmup` iterations of the trainer.
+    """
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: VelocityModel,
+        *,
+        law: TimeLaw,
+        tangent_warmup: int = 1000,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, **shared)
+        self.law, self.tangent_warmup = law, tangent_warmup
+
+    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
+        """One term; the warm-up ratio follows the trainer iteration."""
+        yield lambda: self._term(
+            batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup)
+        )
+
+    @abstractmethod
+    def _term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm: ...

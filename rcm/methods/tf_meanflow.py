@@ -7,7 +7,6 @@ between any two times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,18 +15,14 @@ from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.interpolant import rf_noise
-from rcm.diffusion.time_sampling import TimeLaw
 from rcm.losses.meanflow import meanflow_residual
-from rcm.losses.scm import normalise, scm_regression, warmup_ratio
+from rcm.losses.scm import normalise, scm_regression
 from rcm.losses.term import LossTerm
-from rcm.methods.base import Phase, Thunk
 from rcm.methods.draws import draw_end_times, draw_noise, draw_times
-from rcm.methods.teacher_forcing import TeacherForcedConsistency
-from rcm.nets.denoiser import Denoiser
-from rcm.nets.velocity_model import VelocityModel
+from rcm.methods.teacher_forcing import TeacherForcedTangent
 
 
-class TFMeanFlow(TeacherForcedConsistency):
+class TFMeanFlow(TeacherForcedTangent):
     """`tf_meanflow`: the MeanFlow identity along the teacher's ODE, by exact forward mode in the
     direction (V, 1) at fixed s.
 
@@ -37,29 +32,14 @@ class TFMeanFlow(TeacherForcedConsistency):
 
     name = "tf_meanflow"
 
-    def __init__(
-        self,
-        student: Denoiser,
-        teacher: VelocityModel,
-        *,
-        law: TimeLaw,
-        equal_share: float = 0.25,
-        tangent_warmup: int = 1000,
-        **shared: Any,
-    ) -> None:
-        super().__init__(student, teacher, **shared)
+    def __init__(self, *roles: Any, equal_share: float = 0.25, **shared: Any) -> None:
+        super().__init__(*roles, **shared)
         if not 0 <= equal_share < 1:
             raise ConfigError(
                 f"equal_share={equal_share} must be in [0, 1): at 1 no mean velocity is ever"
                 " trained"
             )
-        self.law, self.equal_share, self.tangent_warmup = law, equal_share, tangent_warmup
-
-    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
-        """One term; the warm-up ratio follows the trainer iteration."""
-        yield lambda: self._term(
-            batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup)
-        )
+        self.equal_share = equal_share
 
     def _term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
         x0, cond, forcing = batch.latents, batch.condition(), self.forcing

@@ -7,25 +7,18 @@ ODE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.interpolant import rf_noise
-from rcm.diffusion.time_sampling import TimeLaw
-from rcm.losses.scm import normalise, rf_tangent, scm_regression, warmup_ratio
+from rcm.losses.scm import normalise, rf_tangent, scm_regression
 from rcm.losses.term import LossTerm
-from rcm.methods.base import Phase, Thunk
 from rcm.methods.draws import draw_noise, draw_times
-from rcm.methods.teacher_forcing import TeacherForcedConsistency
-from rcm.nets.denoiser import Denoiser
-from rcm.nets.velocity_model import VelocityModel
+from rcm.methods.teacher_forcing import TeacherForcedTangent
 
 
-class TFContinuousConsistency(TeacherForcedConsistency):
+class TFContinuousConsistency(TeacherForcedTangent):
     """`tf_scm`: the tangent of the consistency function along the teacher's ODE, by exact forward
     mode (Causal_rCM.md section 5).
 
@@ -34,24 +27,6 @@ class TFContinuousConsistency(TeacherForcedConsistency):
     """
 
     name = "tf_scm"
-
-    def __init__(
-        self,
-        student: Denoiser,
-        teacher: VelocityModel,
-        *,
-        law: TimeLaw,
-        tangent_warmup: int = 1000,
-        **shared: Any,
-    ) -> None:
-        super().__init__(student, teacher, **shared)
-        self.law, self.tangent_warmup = law, tangent_warmup
-
-    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
-        """One consistency term; the warm-up ratio follows the trainer iteration."""
-        yield lambda: self._term(
-            batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup)
-        )
 
     def _term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
         x0, cond, forcing = batch.latents, batch.condition(), self.forcing

@@ -156,7 +156,7 @@ class KVCache:
     def place(self, positions: Mapping[int, Positions | Sequence[int]]) -> None:
         """Give chunks other temporal positions, by id: one per frame, or a `Positions`.
         `ValueError` in a post-RoPE cache, whose keys are turned already, and for another number of
-        frames.
+        frames or tokens.
         """
         if self.keys == "post_rope":
             raise ValueError(
@@ -168,6 +168,11 @@ class KVCache:
             chunk = self.chunk(chunk_id)
             if not isinstance(given, Positions):
                 given = chunk.positions.moved_to(tuple(given))
+            if given.num_tokens != chunk.num_tokens:
+                raise ValueError(
+                    f"positions of {given.num_tokens} tokens for chunk {chunk_id}, which holds"
+                    f" {chunk.num_tokens}"
+                )
             new[chunk_id] = replace(chunk, positions=given)
         self.chunks = tuple(new.get(chunk.id, chunk) for chunk in self.chunks)
 

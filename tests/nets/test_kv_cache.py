@@ -306,3 +306,5 @@ def test_pre_rope_keys_can_be_renumbered():
     assert (seen() - expected).abs().max() > 1e-3
     with pytest.raises(ValueError, match="2 temporal positions"):
         cache.place({kept: (0, 1)})
+    with pytest.raises(ValueError, match=f"positions of 12 tokens for chunk {kept}, which holds 6"):
+        cache.place({kept: at_frames((0, 1), GRID)})
