@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from rcm.core.stop_signal import answer_while_importing
+
 __version__ = "0.1.0"
+answer_while_importing(__name__)
 
 
 def __getattr__(name: str) -> Any:

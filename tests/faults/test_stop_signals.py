@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from rcm.front import cli
 from rcm.inference.outcome import exit_status
 from rcm.pipelines.video_io import Mp4Writer
 from tests.faults.case import count
+from tests.hygiene.source import ROOT
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -72,6 +75,20 @@ def test_the_front_door(number: signal.Signals, monkeypatch, capsys, request) ->
     monkeypatch.setattr(cli, "overview", lambda: stop(number))
     assert cli.main(["--help"]) == STATUS[number]
     assert capsys.readouterr().err == "stopped\n"
+    count(request, "signals")
+
+
+@pytest.mark.parametrize("module", ["rcm.inference.stream", "scripts.train", "rcm.kernels.flash_jvp.selfcheck", "mine"])
+def test_a_module_that_is_still_importing(module: str, tmp_path: Path, request) -> None:
+    """It comes while torch is read. What runs a program of somebody else's is left as it was."""
+    count(request, "signals", "unclear")
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    (tmp_path / "mine.py").write_text("import rcm.inference.stream\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ended = subprocess.run(
+        [sys.executable, "-m", module], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == -signal.SIGINT and (ended.stderr == "stopped\n") == (module != "mine")
     count(request, "signals")
 
 
