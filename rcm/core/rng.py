@@ -15,6 +15,7 @@ from numbers import Integral
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
 
 
 def generator(
@@ -31,14 +32,18 @@ def generator(
     `purpose` is a word such as "noise" or "time"; a second call with the same key starts the same
     stream again. The key is hashed, so neighbouring steps and ranks are unrelated. CPU and CUDA
     generators of one key produce different numbers, and torch's CPU generator uses the low 32 bits
-    of the hash only. Raises `ValueError` on an empty purpose.
+    of the hash only. Raises `ValueError` on an empty purpose, `ConfigError` for a key that is no
+    whole number.
     """
     if not purpose:
         raise ValueError(
             "generator(purpose=...) must be a non-empty word: it is what keeps two streams of one"
             " step apart"
         )
-    key = "\x1f".join((str(int(seed)), str(int(step)), str(int(dp_rank)), str(int(micro)), purpose))
+    numbers = {"seed": seed, "step": step, "dp_rank": dp_rank, "micro": micro}
+    for name, number in numbers.items():
+        require_kind(name, number, int)
+    key = "\x1f".join((*(str(int(number)) for number in numbers.values()), purpose))
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     # manual_seed takes a signed 64-bit integer: keep 63 bits.
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)

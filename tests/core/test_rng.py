@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng, generator, randn
 
 KEY = {"seed": 3, "step": 10, "dp_rank": 1, "purpose": "noise", "micro": 0}
@@ -46,6 +47,14 @@ FROZEN_SEED = 1483881252405296408
 def test_empty_purpose_is_refused():
     with pytest.raises(ValueError, match="purpose"):
         generator(seed=0, step=0, dp_rank=0, purpose="")
+
+
+@pytest.mark.parametrize("name", ["seed", "step", "dp_rank", "micro"])
+def test_a_key_is_whole_numbers(name):
+    """1.5 would have the stream of 1."""
+    for bad in (1.5, "1", None, True):
+        with pytest.raises(ConfigError, match=f"{name}=.* must be a whole number"):
+            generator(**{**KEY, name: bad})
 
 
 def test_step_rng_is_the_same_function():

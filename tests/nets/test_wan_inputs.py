@@ -13,6 +13,7 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided
+from rcm.nets.gan_head import Taps
 from rcm.nets.layout import TokenLayout
 from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 
@@ -89,6 +90,14 @@ def test_an_autocast_around_it_changes_no_number():
             found = [v, d.velocity(x, t, d.prepare(cond), LAYOUT), *d.time_rows(t)]
     found += torch.autograd.grad(v.square().sum(), list(d.net.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_taps_are_blocks_of_the_network():
+    """Others would hand out nothing, and the head would read nothing."""
+    for blocks in ((), (2,), (-1,), (1, 0), (0, 0)):
+        with pytest.raises(ValueError, match="must be blocks of 0 to 1, rising"):
+            Denoiser(PLAIN, FP64).velocity_and_tokens(latents(3), TIME, TEXT, LAYOUT, Taps(blocks))
 
 
 def test_guidance_is_a_finite_number():

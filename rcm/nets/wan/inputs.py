@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rcm.nets.condition import Condition
+from rcm.nets.gan_head import Taps
 from rcm.nets.kv_view import CacheView
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.config import WanConfig
@@ -19,6 +20,7 @@ def check_inputs(
     layout: TokenLayout,
     *,
     span: Tensor | None,
+    taps: Taps | None = None,
 ) -> None:
     """Raise `ValueError` for inputs of `WanDiT.forward` that do not fit each other or `config`."""
     extra = 0 if cond.concat is None else cond.concat.shape[1]
@@ -47,6 +49,12 @@ def check_inputs(
             f"span must have the shape of timestep, {tuple(timestep.shape)}, got"
             f" {tuple(span.shape)}"
         )
+    if taps is not None:
+        blocks = range(config.num_layers)
+        if not taps.blocks or [i for i in blocks if i in taps.blocks] != list(taps.blocks):
+            raise ValueError(
+                f"taps {tuple(taps.blocks)} must be blocks of 0 to {len(blocks) - 1}, rising"
+            )
     _check_condition(config, x, cond)
 
 

@@ -154,7 +154,7 @@ class WanDiT(nn.Module):
                    the frames' second time lies, up to where the velocity is a mean. None: 0.
         Raises `ValueError` for shapes that do not fit each other, the configuration or the cache.
         """
-        check_inputs(self.config, x, timestep, cond, layout, span=span)
+        check_inputs(self.config, x, timestep, cond, layout, span=span, taps=taps)
         if cache is None and max(layout.frame_index) >= self.config.max_frames:
             raise ValueError(
                 f"a whole video of {max(layout.frame_index) + 1} latent frames is longer than"
