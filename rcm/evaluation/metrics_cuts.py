@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from rcm.core.errors import ConfigError
 
-_WINDOW, _KEPT = 100, 50
 _HEIGHT, _WIDTH = 27, 48
 
 
@@ -48,13 +47,5 @@ class CutDetector:
             clip, size=(_HEIGHT, _WIDTH), mode="bilinear", antialias=True, align_corners=False
         )
         frames = (small.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        margin, count = (_WINDOW - _KEPT) // 2, frames.shape[0]
-        after = margin + (-count) % _KEPT
-        padded = torch.cat(
-            [frames[:1].expand(margin, -1, -1, -1), frames, frames[-1:].expand(after, -1, -1, -1)]
-        )
-        found = []
-        for start in range(0, count, _KEPT):
-            single, _ = self._net(padded[None, start : start + _WINDOW].to(self.device))
-            found.append(single[0, margin : margin + _KEPT, 0].sigmoid().cpu())
-        return torch.cat(found)[:count]
+        single, _ = self._net.predict_frames(frames.to(self.device), quiet=True)
+        return single
