@@ -262,7 +262,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("memory and page cache are measured through /proc: run it on Linux")
     if len(options.latents) != 4 or len(options.text) != 2:
         raise ConfigError("--latents takes four sizes (16x21x60x104) and --text two (512x4096)")
-    for name in ("samples", "batch", "prefetch_factor", "shards"):
+    for name in ("samples", "prefetch_factor", "shards"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)} must be at least 1")
     for name in ("step_seconds", "seconds"):

@@ -32,7 +32,15 @@ from rcm.inference.outcome import command
 from rcm.kernels.persistent_attention.api import attend
 from rcm.kernels.split_attention.api import split_attention
 from rcm.nets.attention_auto import parts_of
-from scripts.bench_measure import bench_flags, captured, relative, require_card, this_card, write
+from scripts.bench_measure import (
+    bench_flags,
+    captured,
+    relative,
+    require_card,
+    require_match,
+    this_card,
+    write,
+)
 
 WIDTH = 128
 FRAME = 1560
@@ -371,10 +379,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         require_card("bench_fp8_attention")
         return work(options.worker, options.lock)
+    require_match(options.only, variants())
     machine = this_card("bench_fp8_attention")
     names = [name for name in variants() if name == "bf16" or options.only in name]
-    if options.only not in "".join(names):
-        parser.error(f"--only {options.only} is part of no name of {', '.join(variants())}")
     rows = run_all(names, limit=options.limit)
     print(table(rows, names), flush=True)
     if options.out:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
 from rcm.core.text_file import read_text
 from rcm.inference.outcome import command
 from rcm.kernels.kv_codec import bias
@@ -57,6 +58,8 @@ def keys_of_a_stream(ckpt: Path, *, frames: int, batch: int) -> list[Seen]:
     prompts of the embedded world.
     """
     model = open_checkpoint(ckpt, device="cpu")
+    if model.recipe is None:
+        raise ConfigError(f"--ckpt {ckpt} makes videos whole; give a causal one, which streams")
     lines = [line for line in read_text(PROMPTS).splitlines() if line.strip()]
     channels, _, height, width = model.latent_shape
     spec = StreamSpec(
@@ -146,6 +149,8 @@ def corrected_errors(
         size += float(exact.square().sum())
         gains.append(float(mean.mean()))
         left.append(float((sums[0] - sums[1] - gain).mean()))
+    if not gains:
+        raise ConfigError(f"no pass has {least} tokens in its past; give more --frames")
     errors = {name: value / size for name, value in total.items()}
     return {**errors, "gain": sum(gains) / len(gains), "gain left": sum(left) / len(left)}
 

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError, first_line
 from rcm.core.files import write_atomically
-from rcm.inference.flag_ranges import check_numbers
+from rcm.inference.flag_ranges import RANGES, check_numbers
 from rcm.inference.outcome import writable_file
 from rcm.nets.attention import AttentionCore
 from rcm.nets.frozen_fp8 import load_rows, scales_of
@@ -56,13 +56,9 @@ class _Bench(Arguments):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; `ConfigError` for a number that nothing can be measured with."""
         found = super().parse_args(args, namespace)
-        counts = {name: value for name, value in vars(found).items() if name in COUNTS}
-        check_numbers(argparse.Namespace(**counts))
+        known = {name: value for name, value in vars(found).items() if name in RANGES}
+        check_numbers(argparse.Namespace(**known))
         return found
-
-
-COUNTS = ("channels", "chunks", "dim", "frames", "heads", "height", "layers", "limit", "minutes")
-COUNTS += ("repeats", "tokens", "width")
 
 
 def bench_flags(doc: str, *, file: str = "--json", default: str | None = None) -> Arguments:

@@ -18,7 +18,14 @@ from rcm.inference.outcome import command
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.mesh import process_group
 from rcm.parallel.ulysses import shard_sequence
-from scripts.bench_measure import bench_flags, machine, relative, require_card, write
+from scripts.bench_measure import (
+    bench_flags,
+    chosen_parts,
+    machine,
+    relative,
+    require_card,
+    write,
+)
 from scripts.bench_stream_runs import RECIPES, build, opened, steady
 
 
@@ -87,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chunks", type=int, default=12, help="steady chunks that are timed")
     parser.add_argument("--sizes", default="1.3B,14B", help="comma-separated")
     options = parser.parse_args(argv)
+    sizes = chosen_parts(options.sizes, ("1.3B", "14B"), flag="--sizes")
     require_card("bench_stream_ranks")
     with process_group("cuda"):
         report: dict[str, Any] = {**machine(), "world": dist.get_world_size()}
@@ -99,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
                 write(options.out, report)
 
         rows = [("1.3B", "c3-3 [4,2]"), ("1.3B", "c1-1 [4,1]"), ("14B", "c3-3 [4,2]")]
-        for size, name in (row for row in rows if row[0] in options.sizes.split(",")):
+        for size, name in (row for row in rows if row[0] in sizes):
             keep(f"{size} {name}", on_several(size, name, chunks=options.chunks))
         if first and torch.cuda.device_count() > 1:
             keep("decoder", apart(build("1.3B"), chunks=options.chunks))
