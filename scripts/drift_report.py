@@ -31,7 +31,7 @@ from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command, short_log
 from rcm.pipelines.video_io import contact_sheet, iter_frames
 from rcm.worlds.toy_scores import ToyScorer
-from rcm.worlds.toy_world import ToyWorld
+from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 
 STRIP_HEIGHT, STRIP_FRAMES, MAX_STRIP = 96, 12, 400
 CURVES = {
@@ -116,14 +116,12 @@ def report(drifts: Sequence[Drift], *, window: int, folder: Path, fps: float) ->
     """
     charts = []
     for curve, (title, note) in CURVES.items():
+        # the toy world's scores have windows of their own
+        hop = (ToyWorldConfig().num_frames - 1 if curve == "adherence" else window) / fps
         lines = [
-            {
-                "name": d.name,
-                "points": [[i * window / fps, v] for i, v in enumerate(d.curves[curve])],
-                "colour": number,
-            }
-            for number, d in enumerate(drifts, 1)
-            if curve in d.curves
+            {"name": d.name, "points": [[i * hop, v] for i, v in enumerate(values)], "colour": n}
+            for n, d in enumerate(drifts, 1)
+            if (values := d.curves.get(curve))
         ]
         if lines:
             charts.append({"title": title, "note": note, "x": "seconds", "y": "", "lines": lines})
@@ -142,14 +140,8 @@ def report(drifts: Sequence[Drift], *, window: int, folder: Path, fps: float) ->
         name = f"strip_{number}.png"
         frames = torch.stack([d.strip[i] for i in picks], dim=1)[None]
         contact_sheet(OutputFile.claim(folder / name), frames, columns=STRIP_FRAMES, scale=1)
-        strips.append(
-            {
-                "title": d.name,
-                "path": name,
-                "facts": [f"{d.num_frames} frames", Path(d.path).name],
-                "section": "drift",
-            }
-        )
+        facts = [f"{d.num_frames} frames", Path(d.path).name]
+        strips.append({"title": d.name, "path": name, "facts": facts, "section": "drift"})
     data = {
         "title": "Drift of long videos",
         "subtitle": f"{len(drifts)} videos in windows of {window} frames ({window / fps:g} s)",
@@ -179,14 +171,6 @@ def toy_adherence(prompt: str) -> Callable[[Tensor], list[float]]:
     return score
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    flags = _parser().parse_args(argv)
-    short_log()
-    return _run(flags)
-
-
 def _features(device: str) -> FrameFeatures:
     try:
         return FrameFeatures(device=device)
@@ -194,7 +178,11 @@ def _features(device: str) -> FrameFeatures:
         raise ConfigError(f"{error}; --no-features leaves the content out") from error
 
 
-def _run(flags: argparse.Namespace) -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, tell, write the page."""
+    flags = _parser().parse_args(argv)
+    short_log()
     named = [_named(word) for word in flags.videos]
     names = [name for name, _ in named]
     if twice := {name for name in names if names.count(name) > 1}:

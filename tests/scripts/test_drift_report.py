@@ -78,7 +78,9 @@ def test_the_toy_world_scores_itself(tmp_path):
     assert main([f"a={tmp_path / 'toy.mp4'}", "--out", str(tmp_path / "o"), "--window", "8", "--no-features", "--toy_prompt", prompt]) == 0
     chart = json.loads((tmp_path / "o" / "report.json").read_text())["charts"][-1]
     assert chart["title"] == "Adherence"
-    first, second = (y for _, y in chart["lines"][0]["points"])
+    points = chart["lines"][0]["points"]
+    first, second = (y for _, y in points)
+    assert [x for x, _ in points] == [0, 1.0], "its own windows of 16 frames, whatever --window is"
     assert first > 90 and second < 50
 
 
