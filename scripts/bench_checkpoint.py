@@ -139,6 +139,8 @@ def loaded(job: Path, fresh: TrainState, dims: ParallelDims, *, cold: bool) -> f
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     begun = time.perf_counter()
     keeper.load(fresh)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 

@@ -135,7 +135,7 @@ def parts(inputs: int, outputs: int, options: argparse.Namespace) -> dict[str, f
         "one scale": lambda: torch._scaled_mm(rows[0], columns[0].t(), **whole),
         "rounding x": lambda: quantise.quantise_rows(x),
     }
-    return {f"{name}_ms": alone(call, repeats=2) for name, call in calls.items()}
+    return {f"{name}_ms": alone(call, repeats=options.repeats) for name, call in calls.items()}
 
 
 def bench(config: WanConfig, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--tokens", type=int, default=65_520, help="rows of the input")
     add("--recipe", action="append", choices=RECIPES, help="torchao's; repeatable (all)")
     add("--compile", action="store_true", help="torchao's recipes under torch.compile, too")
-    add("--repeats", type=int, default=2)
+    add("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     found = this_card("bench_fp8_products") | {"options": vars(options)}
     errors = check(options)
