@@ -99,7 +99,8 @@ class DecodeLane:
 
     def num_bytes(self) -> int:
         """Bytes that the decoder remembers."""
-        return 0 if self._decoder is None else self._decoder.num_bytes()
+        decoder = self._decoder  # asked by any thread, while another one closes it
+        return 0 if decoder is None else decoder.num_bytes()
 
     def close(self) -> None:
         """Free the decoder."""

@@ -25,7 +25,7 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.storage.weight_files import CONFIGS, WeightFile, open_container
 from rcm.train.describe import Description
-from rcm.train.export import describe, model_directory
+from rcm.train.export import describe, find_model_directory
 from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_text import ToyTextEncoder
 
@@ -41,7 +41,14 @@ def description_at(path: Path) -> Description:
     if found is None and path.suffix == ".safetensors" and path.is_file():
         found = description_of(open_container(path))
     if found is None:
-        beside = f"{path}.json" if path.is_file() else f"rcm.json in {model_directory(path).parent}"
+        model = None if path.is_file() else find_model_directory(path)
+        if model is None and not path.is_file():
+            raise CheckpointError(
+                f"{path} is not a DCP checkpoint, nor the folder of a job that has written one"
+                " (checkpoints/latest_checkpoint.txt in it); name such a folder, an iter_* folder,"
+                " or an exported file"
+            )
+        beside = f"{path}.json" if model is None else f"rcm.json in {model.parent}"
         raise CheckpointError(
             f"{path} does not describe itself: there is no {beside}; "
             "sampling needs the file that training and scripts.dcp_to_pth write there"

@@ -14,8 +14,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Access:
-    """`token`: must come as `?token=` or as `Authorization: Bearer`. `origins`: pages that may open
-    a stream beside the server's own.
+    """`token`: must come as `?token=` or as `Authorization: Bearer`; printable, without blanks.
+    `origins`: pages that may open a stream beside the server's own.
 
     `loopback`: the server listens on this machine only; a request under any other host name is then
     another site's name that was pointed here, and is refused.
@@ -38,8 +38,11 @@ class Access:
         if self.token is None:
             return None
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer if scheme.lower() == "bearer" else query.get("token", "")
-        if not hmac.compare_digest(given.encode(errors="replace"), self.token.encode()):
+        if scheme.lower() == "bearer":
+            given = bearer.encode("latin-1", errors="replace")  # the bytes that came
+        else:  # a plus of an address is read as a blank, which no token has
+            given = query.get("token", "").replace(" ", "+").encode(errors="replace")
+        if not hmac.compare_digest(given, self.token.encode()):
             return (
                 "a token is needed: open the address with ?token=..., or send Authorization:"
                 " Bearer ..."

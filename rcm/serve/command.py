@@ -59,7 +59,12 @@ def run(flags: argparse.Namespace) -> None:
     check_device(flags.device)
     if flags.prompt is not None and says_nothing(flags.prompt):
         raise ConfigError("--prompt is empty; write one, or leave it out for the first preset")
-    token = flags.token or os.environ.get(TOKEN_VARIABLE) or None
+    token = flags.token if flags.token is not None else os.environ.get(TOKEN_VARIABLE) or None
+    if token is not None and (not token.isprintable() or not token or " " in token):
+        raise ConfigError(
+            f"{TOKEN_VARIABLE if flags.token is None else '--token'} must be a text that clients"
+            " can send: not empty, printable, without blanks; choose another"
+        )
     loopback = flags.host in ("127.0.0.1", "localhost", "::1")
     if not loopback and token is None:
         raise ConfigError(

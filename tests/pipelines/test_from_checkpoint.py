@@ -253,7 +253,7 @@ def test_unreadable_checkpoints_say_so(job, tmp_path):
         open_checkpoint("")
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="is not a DCP checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a DCP checkpoint, nor the folder of a job.*an iter_. folder, or an exported file"):
         open_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"unknown weights 'best'"):
         open_checkpoint(job, weights="best")

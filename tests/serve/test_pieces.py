@@ -94,6 +94,8 @@ def test_an_error_carries_the_id_of_its_message():
         (Access(), {"host": "localhost:80", "origin": "http://localhost:81"}, {}, "may not use"),
         (Access(origins=("http://b.example",)), {"host": "localhost", "origin": "http://b.example"}, {}, None),
         (Access("käse"), {"host": "localhost"}, {"token": "käse"}, None),
+        (Access("käse"), {"host": "localhost", "authorization": "Bearer " + "käse".encode().decode("latin-1")}, {}, None),
+        (Access("a+b/c="), {"host": "localhost"}, {"token": "a b/c="}, None),  # as ?token=a+b/c= is read
         (Access("x"), {"host": "localhost"}, {"token": "y"}, "a token is needed"),
         (Access("x"), {"host": "localhost"}, {}, "a token is needed"),
         (Access("x"), {"host": "localhost", "authorization": "Bearer x"}, {}, None),
@@ -183,6 +185,10 @@ def test_the_command_refuses_what_it_must(monkeypatch, capsys):
     monkeypatch.setattr(asyncio, "run", lambda serving: serving.close() or 0)  # what is not refused does not serve for ever
     for line, sentence in (
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines; protect it with --token"),
+        (["--token", ""], "--token must be a text that clients can send: not empty"),
+        (["--token", "a\r"], "--token must be a text that clients can send: not empty, printable"),
+        (["--token", "a b"], "--token must be a text that clients can send"),
+        (["--token", "a\udcff"], "--token must be a text that clients can send"),
         (["--port", "70000"], "--port 70000 must be at most 65535"),
         (["--ckpt", "nowhere", "--port", "0"], "no checkpoint at nowhere"),
         (["--max_sessions", "0"], "--max_sessions 0 must be at least 1"),
