@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 
+from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.directional import Directional, Exact
@@ -179,13 +182,24 @@ class BackwardSimulation:
     """The student's own few-step sample in TrigFlow time (Causal_rCM.md section 8): n = index mod
     max_steps + 1 steps from pure noise, gradient in the last.
 
-    `fixed_taus` gives the later times (radians); None draws them from `law`, each at most the one
-    before.
+    `fixed_taus` gives the later times (radians), falling inside (0, pi/2); None draws them from
+    `law`, each at most the one before. Raises `ConfigError` for other times, or too few.
     """
 
     max_steps: int
     law: TimeLaw
     fixed_taus: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        taus = self.fixed_taus
+        if self.max_steps < 1 or (taus is not None and len(taus) < self.max_steps - 1):
+            raise ConfigError(
+                f"max_steps={self.max_steps} must be at least 1, and at most one more than the"
+                f" times of fixed_taus={taus}"
+            )
+        if taus is not None and not all(a > b for a, b in pairwise((torch.pi / 2, *taus, 0.0))):
+            raise ConfigError(f"fixed_taus={taus} must fall inside (0, pi/2)")
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.methods.base import Phase
 
 
@@ -23,6 +24,7 @@ class Alternation:
     warmup: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.student_update_freq < 1:
             raise ConfigError(
                 f"model.config.student_update_freq={self.student_update_freq} must be >= 1 (1"

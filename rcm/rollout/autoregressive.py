@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.kv_view import CachedChunk
 from rcm.nets.layout import TokenLayout
@@ -65,7 +66,8 @@ class ChunkLoop:
     `grad="last_step"` keeps the graph of each chunk's last step only; the committed context is
     always detached, so no gradient crosses chunks. `in_place` uses the cache's transient writes
     (inference). `interrupt` is called before every pass and may raise to stop. `watch`, where it is
-    set, is shown what every denoising step made.
+    set, is shown what every denoising step made. `ConfigError` for a policy that turns keys at
+    other rates than the network does, or chooses tokens by the heads of one rank of several.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class ChunkLoop:
         in_place: bool = False,
         interrupt: Callable[[], None] | None = None,
     ) -> None:
+        _require_fitting(canvas.policy, denoiser)
         self.denoiser, self.canvas, self.noise, self.rule = denoiser, canvas, noise, rule
         self.cache = cache
         self.grad, self.in_place, self.interrupt = grad, in_place, interrupt
@@ -256,6 +259,20 @@ class ChunkLoop:
         self._may_go_on()
         return self.cache.append(
             placement.visible, observers=self.canvas.policy.observers(self.cache.branches)
+        )
+
+
+def _require_fitting(policy: CachePolicy, denoiser: VelocityModel) -> None:
+    name, ntk = type(policy).__name__, getattr(policy, "ntk_time", None)
+    if ntk is not None and ntk != (rates := denoiser.rope.ntk[0]):
+        raise ConfigError(
+            f"{name}(ntk_time={ntk:g}) would turn keys by other angles than the network, whose"
+            f" time axis has the NTK ratio {rates:g}; make it with ntk_time={rates:g}"
+        )
+    if getattr(policy, "reduce", ...) is None and (ranks := denoiser.num_ranks) > 1:
+        raise ConfigError(
+            f"{name} chooses by all heads, and each of {ranks} ranks has some of them; make it with"
+            " reduce=, their sum over the ranks"
         )
 
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.directional import Discrete, Exact, SemiContinuous, TrigStep
 from rcm.diffusion.time_sampling import ConsistencyGrid, LogNormal, UniformShift
 from rcm.methods.base import Joint, Phase
-from rcm.methods.rcm import ContinuousConsistency, DiscreteConsistency
+from rcm.methods.rcm import BackwardSimulation, ContinuousConsistency, DiscreteConsistency
+from rcm.methods.schedule import Alternation
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.methods.tf_dcm import TFDiscreteConsistency
 from rcm.methods.tf_scm import TFContinuousConsistency
@@ -196,3 +198,20 @@ def test_joint_runs_both_on_one_student():
 
 def test_shapes_follow_the_world():
     assert batch().latents.shape == (2, 4, 6, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BackwardSimulation(0, LAW), "max_steps=0 must be at least 1"),
+        (lambda: BackwardSimulation(2.0, LAW), "max_steps=2.0 must be a whole number"),
+        (lambda: BackwardSimulation(4, LAW, (1.5, 1.4)), "at most one more than the times of fixed_taus"),
+        (lambda: BackwardSimulation(3, LAW, (1.4, 1.5)), r"fixed_taus=\(1.4, 1.5\) must fall"),
+        (lambda: BackwardSimulation(2, LAW, (1.6,)), r"must fall inside \(0, pi/2\)"),
+        (lambda: BackwardSimulation(2, 5.0), "law=5.0 must be a TimeLaw"),
+        (lambda: Alternation(1.5), "student_update_freq=1.5 must be a whole number"),
+    ],
+)
+def test_simulations_and_phases_that_cannot_be(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -4,14 +4,20 @@ against straightforward recomputation.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, rollout, time_tensor
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.deep_forcing import DeepForcing
+from rcm.rollout.eviction.relax_forcing import RelaxForcing
 from rcm.rollout.noise import VideoNoise
 from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan
 from rcm.samplers.steps import ConsistencyStep
@@ -130,3 +136,25 @@ def test_prefill_puts_given_frames_in_front(denoiser):
 
 def test_time_tensor_is_float64():
     assert time_tensor(0.3, 2, torch.device("cpu")).dtype == torch.float64
+
+
+def test_policies_that_would_turn_or_choose_wrongly_are_refused(denoiser):
+    """Keys were turned on by other angles than they had been turned by, and ranks chose apart."""
+
+    def loop(model: Denoiser, policy: CachePolicy) -> ChunkLoop:
+        noise = VideoNoise((2, 4, 4, HEIGHT, WIDTH), num_draws=1, generator=torch.Generator(), dtype=torch.float64, device="cpu")
+        return ChunkLoop(
+            model, canvas=Canvas(GRID, policy), noise=noise, rule=ConsistencyStep(), cache=model.new_cache(num_frames=4, grid=GRID)
+        )
+
+    stretched = Denoiser(tiny_net(), Precision.preset("fp64"))
+    stretched.net.rope.stretch((2.0, 1.0, 1.0))
+    shared = Denoiser(tiny_net(), Precision.preset("fp64"))
+    shared.net.enter.group = SimpleNamespace(size=lambda: 2)
+    for kind in (DeepForcing, RelaxForcing):
+        with pytest.raises(ConfigError, match=rf"{kind.__name__}\(ntk_time=1\) would turn keys .* with ntk_time=2"):
+            loop(stretched, kind())
+        with pytest.raises(ConfigError, match=rf"{kind.__name__} chooses by all heads, and each of 2 ranks"):
+            loop(shared, kind())
+        loop(stretched, kind(ntk_time=2.0)), loop(shared, kind(reduce=lambda x: x)), loop(denoiser, kind())
+    loop(shared, CachePolicy()), loop(stretched, CachePolicy())
