@@ -81,7 +81,7 @@ def _described(flags: argparse.Namespace, device: torch.device) -> DescribedSamp
         weights=flags.weights,
         recipe=chosen_recipe(flags, model.trained_recipe),
         num_frames=flags.num_frames,
-        fps=flags.fps,
+        fps=given_or(flags.fps, 0.0),
         ignore_recipe=flags.ignore_recipe,
         files={f"--{name}": vars(flags)[name] for name in PIECES if vars(flags)[name]},
     )

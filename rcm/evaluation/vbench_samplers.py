@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,189 +44,181 @@ class KnownText:
         return torch.cat([self._rows[prompt] for prompt in prompts])
 
 
+@dataclass
 class DescribedSampler:
     """A checkpoint that says how it is sampled; noise is drawn on the CPU from the seed.
 
-    `num_frames`, `fps` None: as trained. `files`: by flag, in place of those that it names.
+    `recipe`, `num_frames` None, `fps` 0: as trained. `files`: by flag, in place of those that it
+    names.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        *,
-        weights: str,
-        recipe: Recipe | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        ignore_recipe: bool = False,
-        files: Mapping[str, str | Path] = {},
-    ) -> None:
-        self._files = dict(files)
-        self._model, self._weights, self._recipe = model, weights, recipe or model.trained_recipe
-        self._frames, self._ignore = num_frames, ignore_recipe
-        self.fps = model.fps if fps is None else fps
+    model: LoadedModel
+    _: KW_ONLY
+    weights: str
+    recipe: Recipe | None = None
+    num_frames: int | None = None
+    fps: float = 0.0
+    ignore_recipe: bool = False
+    files: Mapping[str, str | Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.recipe, self.fps = self.recipe or self.model.trained_recipe, self.fps or self.model.fps
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        model, precision = self._model, self._model.denoiser.precision
+        model, precision = self.model, self.model.denoiser.precision
         height, width = model.pixel_size
         return {
             "sampler": "described",
             "checkpoint": {
                 "digest": checkpoint_digest(model.source),
-                "weights": self._weights,
+                "weights": self.weights,
                 "stage": model.description.stage,
                 "iteration": model.description.iteration,
-                **{flag: checkpoint_digest(path) for flag, path in self._files.items()},
+                **_digests(self.files),
             },
-            "recipe": asdict(self._recipe),
+            "recipe": asdict(self.recipe or model.trained_recipe),
             "size": f"{height}x{width}",
-            "num_frames": self._frames or model.codec.frames_for(model.latent_shape[1]),
+            "num_frames": self.num_frames or model.codec.frames_for(model.latent_shape[1]),
             "precision": {"compute": str(precision.compute), "time": str(precision.time)},
             "device": model.device.type,
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
-        self._model = replace(self._model, text=KnownText(self._model.text, texts), _kept={})
+        self.model = replace(self.model, text=KnownText(self.model.text, texts), _kept={})
 
     def sample(self, request: ClipRequest) -> Tensor:
-        model = self._model
-        prefix = None
+        model, prefix = self.model, None
         if request.image is not None:
-            prefix = model.codec.encode(
-                stretched_image(request.image, FrameSize(*model.pixel_size)).to(model.device)
-            )
+            image = stretched_image(request.image, FrameSize(*model.pixel_size))
+            prefix = model.codec.encode(image.to(model.device))
         frames, _ = model.generate(
             [request.text],
-            recipe=self._recipe,
+            recipe=self.recipe,
             seed=request.seed,
-            num_frames=self._frames,
+            num_frames=self.num_frames,
             prefix=prefix,
-            ignore_recipe=self._ignore,
+            ignore_recipe=self.ignore_recipe,
         )
         return frames[0].cpu()
 
 
+@dataclass
 class WanSampler:
     """Wan's bidirectional networks, noise drawn on the device; `files` by flag, for settings."""
 
-    def __init__(
-        self,
-        pipeline: WanPipeline,
-        *,
-        recipe: WholeVideoRecipe,
-        size: FrameSize,
-        num_frames: int,
-        files: Mapping[str, str | Path],
-        about: Mapping[str, Any],
-        fps: float = 16.0,
-        negative_prompt: str | None = None,
-    ) -> None:
-        self._pipeline, self._recipe, self._size, self._frames = pipeline, recipe, size, num_frames
-        self._files, self._about = dict(files), dict(about)
-        self._negative, self.fps = negative_prompt, fps
+    pipeline: WanPipeline
+    _: KW_ONLY
+    recipe: WholeVideoRecipe
+    size: FrameSize
+    num_frames: int
+    files: Mapping[str, str | Path]
+    about: Mapping[str, Any]
+    fps: float = 16.0
+    negative_prompt: str | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:
         return {
             "sampler": "wan",
-            "checkpoint": {flag: checkpoint_digest(path) for flag, path in self._files.items()},
-            "recipe": {**asdict(self._recipe), "negative_prompt": self._negative},
-            "size": str(self._size),
-            "num_frames": self._frames,
-            "device": self._pipeline.device.type,
-            **self._about,
+            "checkpoint": _digests(self.files),
+            "recipe": {**asdict(self.recipe), "negative_prompt": self.negative_prompt},
+            "size": str(self.size),
+            "num_frames": self.num_frames,
+            "device": self.pipeline.device.type,
+            **self.about,
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
         """On ranks that do not encode there is nothing to keep."""
-        pipeline = self._pipeline
-        if not isinstance(pipeline.text, TextEncoder):
-            return
-        wanted = [*texts] if self._negative is None else [*texts, self._negative]
-        pipeline.text = KnownText(pipeline.text, wanted)
+        if isinstance(self.pipeline.text, TextEncoder):
+            negative = [] if self.negative_prompt is None else [self.negative_prompt]
+            self.pipeline.text = KnownText(self.pipeline.text, [*texts, *negative])
 
     def sample(self, request: ClipRequest) -> Tensor | None:
-        # the pipeline stretches it to the size
-        image = None if request.image is None else read_image(request.image)
         asked = VideoRequest(
             prompt=request.text,
-            recipe=self._recipe,
-            size=self._size,
-            num_frames=self._frames,
+            recipe=self.recipe,
+            size=self.size,
+            num_frames=self.num_frames,
             seed=request.seed,
-            negative_prompt=self._negative,
-            image=image,
+            negative_prompt=self.negative_prompt,
+            # the pipeline stretches it to the size
+            image=None if request.image is None else read_image(request.image),
         )
-        made = self._pipeline.generate(asked)
+        made = self.pipeline.generate(asked)
         return None if made.frames is None else made.frames[0].cpu()
 
 
+@dataclass
 class CausalSampler:
     """A causal Wan network from its original files, noise drawn on the CPU, equal on all ranks.
 
     `latent_shape` (C, T, H, W). On several ranks all compute, the first one decodes and writes.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        *,
-        recipe: SamplingRecipe,
-        latent_shape: tuple[int, int, int, int],
-        negative_prompt: str,
-        files: Mapping[str, str | Path],
-        about: Mapping[str, Any],
-        fps: float = 16.0,
-    ) -> None:
-        recipe.plans(latent_shape[1])
-        self._models, self._recipe, self._shape = models, recipe, latent_shape
-        self._negative, self._files, self._about = negative_prompt, dict(files), dict(about)
-        self.fps = fps
+    models: Models
+    _: KW_ONLY
+    recipe: SamplingRecipe
+    latent_shape: tuple[int, int, int, int]
+    negative_prompt: str
+    files: Mapping[str, str | Path]
+    about: Mapping[str, Any]
+    fps: float = 16.0
+
+    def __post_init__(self) -> None:
+        self.recipe.plans(self.latent_shape[1])
+
+    @property
+    def size(self) -> FrameSize:
+        """Of the frames, in pixels."""
+        stride = self.models.codec.use().spatial_stride
+        return FrameSize(*(side * stride for side in self.latent_shape[2:]))
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        _, frames, height, width = self._shape
-        codec = self._models.codec.use()
+        negative = self.negative_prompt if is_guided(self.recipe.guidance) else None
         return {
             "sampler": "causal",
-            "checkpoint": {flag: checkpoint_digest(path) for flag, path in self._files.items()},
-            "recipe": {
-                **asdict(self._recipe),
-                "negative_prompt": self._negative if is_guided(self._recipe.guidance) else None,
-            },
-            "size": f"{height * codec.spatial_stride}x{width * codec.spatial_stride}",
-            "num_frames": codec.frames_for(frames),
-            "device": self._models.device.type,
-            **self._about,
+            "checkpoint": _digests(self.files),
+            "recipe": {**asdict(self.recipe), "negative_prompt": negative},
+            "size": str(self.size),
+            "num_frames": self.models.codec.use().frames_for(self.latent_shape[1]),
+            "device": self.models.device.type,
+            **self.about,
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
         """On ranks that do not encode there is nothing to keep."""
-        models = self._models
-        if isinstance(models.text, TextEncoder):
-            models.text = KnownText(models.text, [*texts, self._negative])
+        if isinstance(self.models.text, TextEncoder):
+            self.models.text = KnownText(self.models.text, [*texts, self.negative_prompt])
 
     def sample(self, request: ClipRequest) -> Tensor:
-        models, recipe = self._models, self._recipe
+        models, recipe = self.models, self.recipe
         denoiser, codec = models.denoiser, models.codec.use()
         cond, *negative = (
             denoiser.prepare(Condition(models.embed([text])))
-            for text in (request.text, *([self._negative] if is_guided(recipe.guidance) else []))
+            for text in (
+                request.text,
+                *([self.negative_prompt] if is_guided(recipe.guidance) else []),
+            )
         )
         prefix = None
         if request.image is not None:
-            size = FrameSize(*(side * codec.spatial_stride for side in self._shape[2:]))
-            pixels = stretched_image(request.image, size).to(models.device)
+            pixels = stretched_image(request.image, self.size).to(models.device)
             prefix = codec.encode(pixels).float()
         frames, _ = generate_video(
             guided(denoiser, lambda: negative[0], recipe.guidance),
             codec,
             cond,
             recipe,
-            shape=(1, *self._shape),
+            shape=(1, *self.latent_shape),
             generator=torch.Generator().manual_seed(request.seed),
             prefix=prefix,
             device=models.device,
         )
         return frames[0].float().cpu()
+
+
+def _digests(files: Mapping[str, str | Path]) -> dict[str, str]:
+    return {flag: checkpoint_digest(path) for flag, path in files.items()}
