@@ -173,10 +173,10 @@ def command_line(found: Prediction, levers: Found, overrides: Sequence[str]) -> 
     """The command that trains so."""
     chosen = words_of(levers.levers, found.job)
     ranks, node = found.job.ranks, found.card.node
-    machines = "" if ranks <= node else f"--nnodes={-(-ranks // node)} "
-    each = f"{machines}--nproc_per_node={min(ranks, node)}"
+    each = max(each for each in range(1, node + 1) if ranks % each == 0)  # as many on every machine
+    machines = "" if each == ranks else f"--nnodes={ranks // each} "
     words = shlex.join([*kept_words(overrides, chosen), *chosen])
-    return f"torchrun {each} -m scripts.train {words}"
+    return f"torchrun {machines}--nproc_per_node={each} -m scripts.train {words}"
 
 
 def print_proposal(levers: Found, search: Search, overrides: Sequence[str]) -> None:
@@ -246,10 +246,11 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
         return compose_run(words, registry=registry, world_size=None, require_inputs=False)
 
     run, search = composed(()), Search(composed)
+    chose = [] if flags.config == DEFAULT_REGISTRY else [f"--config={flags.config}", "--"]
     require_products(run.config.model.config, chosen.capability, where=f"gpu={chosen.name}")
     record: dict[str, Any] = {"experiment": run.experiment, "overrides": overrides}
     if flags.smallest:
-        return record | {"machines": print_machines(search, own, overrides)}
+        return record | {"machines": print_machines(search, own, [*chose, *overrides])}
     if flags.as_is and wanted:
         raise ConfigError(
             f"global_batch={wanted} has no effect with --as-is, which predicts the batch of the"
@@ -272,7 +273,7 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
     if flags.as_is:
         return record
     levers = search.found(chosen, ranks=ranks, global_batch=wanted)
-    print_proposal(levers, search, overrides)
+    print_proposal(levers, search, [*chose, *overrides])
     found = {"proposed": levers.proposal.best, "smallest": levers.proposal.smallest}
     return record | {
         name: None if it is None else {"keys": words_of(levers.levers, it.job), **plain(it)}

@@ -7,6 +7,7 @@ from typing import Any
 
 from rcm.configs.build_gan import build_adversary
 from rcm.configs.build_nets import NetBuilder
+from rcm.configs.network import networks
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import CommonModelConfig
@@ -230,7 +231,7 @@ class _RCM(_Parts):
         student = self.nets.trained("net")
         teacher = self.guided(self.nets.frozen("net_teacher"), c.teacher_guidance)
         consistency = self._consistency(student, teacher) if c.loss_scale > 0 else None
-        if c.net_fake_score is None or c.loss_scale_dmd <= 0:
+        if "net_fake_score" not in networks(c):
             assert consistency is not None  # checked: a run has a loss
             return consistency
         matching = self._matching(

@@ -137,11 +137,9 @@ def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
         for name in ("num_samples", "run_at_start"):
             yield f"trainer.sampling.{name}", "a run with sampling.every_n=0 and ema_every_n=0"
     kind, stage = model.stage, f"stage {model.stage}"
-    critic = model.net_fake_score is not None
-    reads = {"loss_scale_dmd": critic}
-    if isinstance(model, RCMConfig):
-        critic &= model.loss_scale_dmd > 0
-    reads |= {
+    critic = "net_fake_score" in networks(model)
+    reads = {
+        "loss_scale_dmd": model.net_fake_score is not None,
         "optimizer_fake_score": critic,
         "scheduler_fake_score": critic,
         "student_update_freq": critic,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from rcm.configs.network import networks
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_common import M
 
@@ -65,7 +66,7 @@ def unread_files(config: TrainConfig) -> list[str]:
     """Keys that name a file or folder which nothing in this run reads."""
     model = config.model.config
     unread = [key for key in _TEACHERS if key not in model.checkpoints()]
-    if model.net_fake_score is None:
+    if "net_fake_score" not in networks(model):
         unread.append("fake_score_ckpt")
     if not model.guided:
         unread.append("neg_embed_path")

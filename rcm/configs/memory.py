@@ -63,7 +63,7 @@ def require_here(config: TrainConfig, *, device: torch.device) -> None:
     if model.jvp_implementation == "triton":
         _tangent_kernel(model, device)
     optimizers = {"optimizer": config.optimizer}
-    if model.net_fake_score is not None:
+    if "net_fake_score" in networks(model):
         optimizers[f"{M}.optimizer_fake_score"] = model.optimizer_fake_score
     if isinstance(model, CausalConfig) and model.gan.loss_scale:
         optimizers[f"{M}.gan.optimizer"] = model.gan.optimizer

@@ -27,6 +27,8 @@ def wan_config(net: NetConfig, *, knob: str = "model.config.net") -> WanConfig:
 def networks(config: CommonModelConfig) -> dict[str, NetConfig]:
     """Key -> net config of every network that this run has."""
     found = {key: getattr(config, key, None) for key in NETS}
+    if config.loss_scale_dmd == 0:  # nobody asks a fake score
+        del found["net_fake_score"]
     return {key: net for key, net in found.items() if net is not None}
 
 

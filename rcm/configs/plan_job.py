@@ -245,7 +245,7 @@ def _rcm_phases(model: RCMConfig, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
     whole = _whole(model)
     guided = _guided(model.teacher_guidance)
     student = _consistency(model, whole, guided) if model.loss_scale > 0 else ()
-    if model.net_fake_score is None or model.loss_scale_dmd <= 0:
+    if "net_fake_score" not in networks(model):
         return (PhasePlan("student", student),)
     most = model.max_simulation_steps_fake
     steps = (most + 1) / 2 if rollouts == "mean" else most

@@ -89,6 +89,12 @@ def test_two_times_take_the_passes_of_one():
     assert counts[0] - counts[1] == (64 + 1 + width + 1) * width
 
 
+def test_a_fake_score_that_nobody_asks_is_in_no_plan():
+    """As in training, which builds none."""
+    nets = job("toy_rCM", "model.config.loss_scale_dmd=0").nets
+    assert {net.role for net in nets} == {"student", "teacher"}
+
+
 def test_a_discriminator_looks_at_real_videos_and_passes_gradients_back():
     """Two looks at a real video, to the last block that is read; a gradient to the input alone in
     student phases. Nothing else moves.

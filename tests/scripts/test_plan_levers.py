@@ -12,6 +12,7 @@ import shlex
 import pytest
 
 from rcm.configs import registry_distill
+from rcm.configs.cli import main as train
 from rcm.configs.compose import compose_run
 from rcm.configs.plan_job import plan_job
 from rcm.configs.plan_search import LADDER, MACHINES, Search
@@ -164,3 +165,15 @@ def test_words_that_the_layout_replaces_are_not_told_twice(capsys) -> None:
     assert main(words) == 0
     line = re.search(r"train so:\n +(torchrun .*)\n", capsys.readouterr().out).group(1)
     assert line.count("trainer.grad_accum_iter=") == 1 and line.count("trainer.offload.states=") == 1
+
+
+@pytest.mark.parametrize(("ranks", "machines"), [(8, None), (12, "--nnodes=2")])
+def test_the_command_starts_as_many_ranks_with_the_same_registry(capsys, monkeypatch, ranks: int, machines: str | None) -> None:
+    assert main(["--config=rcm.configs.registry_distill", "experiment=toy_tf_c3-3", f"gpus={ranks}"]) == 0
+    line = re.search(r"train so:\n +torchrun (.*) -m scripts.train (.*)\n", capsys.readouterr().out)
+    counts = dict(word.split("=") for word in line[1].split())
+    assert int(counts.pop("--nproc_per_node")) * int(counts.get("--nnodes", 1)) == ranks
+    assert line[1].startswith(machines or "--nproc_per_node")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert "--config=rcm.configs.registry_distill" in line[2]
+    assert train(["--dryrun", *shlex.split(line[2])]) == 0
