@@ -1,0 +1,1 @@
+"""A package: the folder `tests` that some installed ones bring along would hide it otherwise."""
