@@ -83,8 +83,10 @@ def screen_samples(
 
     "propagate" (the default of every loss) changes nothing: the loss becomes NaN and the train step
     stops before the update. "zero_sample" (the release's guard) replaces all of a sample by zeros
-    in every tensor, so it adds neither loss nor gradient; the count must then be watched. Raises
-    `ConfigError` on another policy.
+    in every tensor, so it adds no loss and passes no gradient on; the count must then be watched. A
+    tangent or a target is left out by that; a network's output that is not finite because of what
+    is inside it still makes the gradients of its weights so (0 times NaN), and the step stops.
+    Raises `ConfigError` on another policy.
     """
     if policy not in ("propagate", "zero_sample"):
         raise ConfigError(

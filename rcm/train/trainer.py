@@ -64,7 +64,7 @@ class TrainerConfig(Record):
     logging_iter: int = within(50, least=1, most=10**12)  # iterations between log lines
     # key of every random draw, with (step, data rank, purpose); 32 bits
     seed: int = within(0, least=0, most=2**32 - 1)
-    # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
+    # skip_sample leaves out a sample whose tangent or target is not finite, and counts it
     nan_policy: Literal["stop", "skip_sample"] = "stop"
     # skip_sample: largest share of skipped samples before the run stops anyway
     nan_sample_limit: float = 0.01
