@@ -362,6 +362,10 @@ class Session:
         except SwitchRefused as error:
             steering.refuse(change, str(error))
             raise
+        except BaseException:
+            if change is not None:  # one that waits is told by what ends or mends the stream
+                steering.refuse(change, "the stream ended before")
+            raise
         return change
 
     def _settle(self, *, asked: bool) -> None:

@@ -95,10 +95,13 @@ class Steering:
     def apply(self, change: Change, loop: ChunkLoop, *, block: int) -> None:
         """Take up a change before `block` is made."""
         self.cond, mode, receipt = change
-        if mode == "recache":
-            loop.refill(
-                [(chunk, *self._contexts[chunk.id]) for chunk in self.replayed(loop)], self.cond
-            )
+        try:
+            if mode == "recache":
+                old = self.replayed(loop)
+                loop.refill([(chunk, *self._contexts[chunk.id]) for chunk in old], self.cond)
+        except BaseException:
+            self.refuse(change, "the stream failed as it was taken up")
+            raise
         receipt.applied_at = block
 
     def enter(self, loop: ChunkLoop, pending: Pending) -> None:

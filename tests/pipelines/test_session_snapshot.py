@@ -297,6 +297,24 @@ def test_who_waits_for_a_change_hears_of_its_end(denoiser):
     assert last.step() is None
 
 
+@pytest.mark.parametrize(("owner", "name", "told"), [("loop", "refill", "failed as it"), ("_steering", "due", "ended before")])
+def test_who_asked_for_a_change_hears_that_it_broke_off_as_it_was_taken_up(denoiser, monkeypatch, owner, name, told):
+    session = opened(denoiser)
+    chunks(session, 3)
+    receipt, real = session.set_condition(cond(seed=5), mode="recache"), getattr(getattr(session, owner), name)
+
+    def stopped(*arguments):
+        found = real(*arguments)
+        session.cancel()  # from another thread
+        session._course.require_open() if name == "refill" else None
+        return found
+
+    monkeypatch.setattr(getattr(session, owner), name, stopped)
+    with pytest.raises(StreamCancelled):
+        session.step()
+    assert receipt.applied_at is None and told in receipt.refused
+
+
 @pytest.mark.parametrize("where", ["pass", "decoder", "pixels"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
 def test_a_stream_that_was_broken_off_makes_no_chunk_of_half_a_past(denoiser, monkeypatch, where, kind):
