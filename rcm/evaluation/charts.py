@@ -23,7 +23,7 @@ Point = tuple[float, float]
 
 def line_chart(points: Sequence[Sequence[float]], *, label: str) -> str:
     """An `<svg>` of (x, y) pairs in order of x; long curves get a running mean over them. Values
-    that are not finite leave a gap and are counted. `label` is what a screen reader says.
+    that are not finite are left out and counted. `label` is what a screen reader says.
     """
     pairs = [(float(x), float(y)) for x, y in points]
     curve = thinned([p for p in pairs if math.isfinite(p[1])])

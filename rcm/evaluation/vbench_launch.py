@@ -92,9 +92,11 @@ class Launch:
     def check(self, dimension: str) -> str | None:
         """What is wrong with a dimension's module in the environment; None if it imports."""
         words = [str(self.python), str(DRIVER), "--check", "--dimension", dimension]
-        done = subprocess.run(
-            words, env=os.environ | self.environment(), capture_output=True, text=True, timeout=600
-        )
+        env = os.environ | self.environment()
+        try:
+            done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600)
+        except subprocess.TimeoutExpired:
+            return "it takes more than ten minutes"
         if done.returncode == 0:
             return None
         return (done.stderr.strip().splitlines() or ["no message"])[-1][:200]

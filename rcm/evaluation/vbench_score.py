@@ -137,7 +137,7 @@ def aggregate(
     if unknown:
         raise ConfigError(
             f"{', '.join(unknown)}: no dimension of the suite {suite.name}, whose dimensions are"
-            f" {', '.join(suite.names)}"
+            f" {', '.join(suite.names)}; take it out of the results, or change --suite"
         )
     missing = tuple(name for name in suite.names if name not in raw)
     if missing and not partial:
