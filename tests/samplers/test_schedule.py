@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.samplers.bidirectional import SingleStep, sample_video
+from rcm.samplers.bidirectional import SingleStep
 from rcm.samplers.schedule import CAUSAL_MID_TIMES, few_step_grid, initial_time, parse_schedules, parse_times, shifted_grid, trig_grid
 from rcm.samplers.steps import ConsistencyStep, EulerStep
 from rcm.samplers.unipc import UniPC
@@ -89,7 +89,7 @@ def test_euler_integrates_a_linear_field_to_first_order():
     errors = []
     for n in (100, 200):
         grid = tuple(1 - k / n for k in range(n + 1))
-        end = sample_video(lambda x, t: x, x1, times=grid, rule=EulerStep(), scale_first=False)
+        end = SingleStep(grid, EulerStep()).sample(lambda x, t: x, x1)
         errors.append(abs(end.item() - math.exp(-1)))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
 
@@ -108,6 +108,12 @@ def test_a_velocity_of_another_shape_is_refused():
     for sampler in (SingleStep((0.9, 0.5, 0.0), EulerStep()), UniPC((0.9, 0.5, 0.0))):
         with pytest.raises(ValueError, match=r"x \(1, 3, 2, 2, 2\), velocity \(1, 1, 2, 2, 2\)"):
             sampler.sample(lambda x, t: x[:, :1], noise)
+
+
+@pytest.mark.parametrize("times", [(), (0.0,), (0.9, 0.5), (0.5, 0.9, 0.0), (0.5, 0.5, 0.0), (math.nan, 0.0), [0.9, 0.0]])
+def test_times_fall_to_zero(times):
+    with pytest.raises(ConfigError, match="times.* must"):
+        SingleStep(times, EulerStep())
 
 
 def test_unipc_is_made_of_finite_numbers():
