@@ -60,10 +60,10 @@ def run_side(results: str | Path, *, videos: str | Path | None = None) -> Side:
     guessed = videos or os.path.abspath(results).removesuffix("_eval_results")
     try:
         manifest = read_manifest(guessed)
-    except ConfigError:
+    except ConfigError as error:
         if videos is not None:
             raise
-        return replace(side, note="no record of how its videos were sampled")
+        return replace(side, note=f"no record of how its videos were sampled: {error}")
     videos_made = manifest["videos"]
     samples = 1 + max((record["sample"] for record in videos_made.values()), default=0)
     prompts = len({name.rpartition("-")[0] for name in videos_made})

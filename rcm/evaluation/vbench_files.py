@@ -93,8 +93,11 @@ OTHER_NEEDS = {
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """VBench's cache: `given`, else $VBENCH_CACHE_DIR, else ~/.cache/vbench."""
-    return Path(given or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench")
+    """VBench's cache: `given`, else $VBENCH_CACHE_DIR, else ~/.cache/vbench. Absolute, for VBench
+    runs in another folder.
+    """
+    home = Path.home() / ".cache" / "vbench"
+    return Path(given or os.environ.get("VBENCH_CACHE_DIR") or home).absolute()
 
 
 def files_for(dimensions: Sequence[str]) -> list[ModelFile]:

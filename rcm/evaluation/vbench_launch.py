@@ -14,6 +14,7 @@ from rcm.core.errors import ConfigError
 from rcm.core.files import discard
 from rcm.evaluation import vbench_driver
 from rcm.evaluation.vbench_results import SUFFIX
+from rcm.evaluation.vbench_score import SUITES
 from rcm.train.describe import write_atomically
 
 DRIVER = Path(vbench_driver.__file__)
@@ -83,8 +84,10 @@ class Launch:
         return [str(word) for word in words]
 
     def environment(self) -> dict[str, str]:
-        """Variables of the command beyond the caller's."""
-        extra = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+        """Variables of the command beyond the caller's: VBench reads names and prompts, of which
+        one is no ASCII, in the encoding of the locale.
+        """
+        extra = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "PYTHONUTF8": "1"}
         if self.cache is not None:
             extra["VBENCH_CACHE_DIR"] = str(self.cache)
         return extra
@@ -107,6 +110,15 @@ class Launch:
             raise ConfigError(
                 f"no Python of a VBench environment at {self.python}; make one with `python -m"
                 " scripts.vbench_env`, or name one with --vbench_python"
+            )
+        if (
+            self.suite == "i2v"
+            and self.repository is None
+            and SUITES["i2v"][dimension].group == "i2v"
+        ):
+            raise ConfigError(
+                f"{dimension} reads the images of the suite in a clone of VBench; say where with"
+                " --vbench_repo DIR (github.com/Vchitect/VBench)"
             )
         log = self.output / f"{dimension}.log"
         before = set(self.output.glob(f"*{SUFFIX}"))

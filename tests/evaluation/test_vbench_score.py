@@ -15,7 +15,7 @@ import pytest
 
 from rcm.core.errors import ConfigError
 from rcm.evaluation.vbench_explain import explain, published_side, run_side, told
-from rcm.evaluation.vbench_files import FILES, files_for, problems
+from rcm.evaluation.vbench_files import FILES, cache_folder, files_for, problems
 from rcm.evaluation.vbench_hooks import read_vision_reward, vision_reward_command
 from rcm.evaluation.vbench_launch import Launch, prepare
 from rcm.evaluation.vbench_manifest import EVAL_INFO
@@ -285,6 +285,8 @@ def test_dry_run_lists_commands_and_files(stand_in: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert said.count("--dimension") == 16 and all(file.path in said for file in FILES) and "in all 8,986,762,312 bytes" in said
     assert not (stand_in / "v_eval_results").exists()
+    assert cache_folder("cache") == Path("cache").absolute(), "VBench runs in another folder"
+    assert "PYTHONUTF8=1" in said
     assert problems(stand_in, ["scene"]) == {"caption_model/tag2text_swin_14m.pth": "missing"} and not files_for(["temporal_flickering"])
 
 
@@ -303,6 +305,8 @@ def test_long_suite_needs_a_clone(tmp_path: Path) -> None:
     assert "--static_filter_flag" not in launch.command("scene")
     with pytest.raises(ConfigError, match=r"--vbench_repo DIR"):
         Launch(python=Path("py"), output=tmp_path, suite="long").command("scene")
+    with pytest.raises(ConfigError, match=r"i2v_subject reads the images .* --vbench_repo DIR"):
+        Launch(python=Path(sys.executable), output=tmp_path, suite="i2v").run("i2v_subject")
 
 
 def test_vision_reward_counts_every_video_once(tmp_path: Path) -> None:
