@@ -65,8 +65,9 @@ def write_comparison_page(
     means = {
         name: {m: _told(found[m]) for m in metrics} for name, found in comparison.means.items()
     }
+    senses = {m: BY_NAME[m].worse if BY_NAME[m].judges else None for m in metrics}
     paired = {
-        name: {m: _told(found[m], sense=BY_NAME[m].worse) for m in metrics}
+        name: {m: _told(found[m], sense=senses[m]) for m in metrics}
         for name, found in comparison.differences.items()
     }
     about = (
@@ -81,8 +82,8 @@ def write_comparison_page(
             _table(
                 f"Differences to {comparison.reference}, video by video",
                 paired,
-                note="A word stands where the interval excludes zero: better or worse than the"
-                " reference.",
+                note="A word stands where the interval excludes zero and the number judges:"
+                " better or worse than the reference.",
             ),
         ],
         "videos": [dict(grid) for grid in grids],

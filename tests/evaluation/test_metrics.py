@@ -5,6 +5,7 @@ and the pages.
 from __future__ import annotations
 
 import random
+import re
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from itertools import islice
@@ -23,6 +24,7 @@ from rcm.evaluation.metrics_cuts import CutDetector
 from rcm.evaluation.metrics_degrade import CLIP_FRAMES, DEGRADATIONS, SOURCE_FRAMES, STRENGTHS, untouched
 from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_judge import cases_of, share_right, tables
+from rcm.evaluation.metrics_report import write_comparison_page
 from rcm.evaluation.metrics_suite import METRICS, ClipScores, Models, judge, measure_clip, worst
 from rcm.evaluation.vbench_sampling import SuiteRun, sample_suite
 from scripts.compare_checkpoints import main as compare_main
@@ -210,6 +212,13 @@ def test_pairs_tell_what_means_do_not() -> None:
     assert difference.mean == pytest.approx(0.3) and difference.excludes_zero
     with pytest.raises(ConfigError, match="not over the same videos"):
         compare({"a": scores_of(0.0), "b": dict(list(scores_of(0.0).items())[1:])})
+
+
+def test_only_numbers_that_judge_are_called_better_or_worse(tmp_path: Path) -> None:
+    values = {name: {f"v{i}": ClipScores({"noise": x, "motion": x}, {}) for i in range(3)} for name, x in (("a", 0.2), ("b", 0.1))}
+    page = write_comparison_page(tmp_path, compare(values), [], title="t", machine={})
+    cells = re.findall(r"<td>-0.1 [^<]*</td>", page.read_text())
+    assert ["better" in cell for cell in cells] == [True, False], "less motion is no merit"
 
 
 def test_page_of_several_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
