@@ -305,6 +305,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     with process_group(options.device) as device:
         first, world = dist.get_rank() == 0, dist.get_world_size()
+        if ranks != world:
+            raise ConfigError(
+                f"--gpus {ranks}, but this launch has {world} rank(s); start it with torchrun"
+                f" --nproc_per_node={ranks}"
+            )
         ledger = Ledger(options.json if first else None, ranks=world, device=device)
         status = Bench(options, ranks=world, device=device, ledger=ledger).run(rows)
         if first:

@@ -309,6 +309,7 @@ def test_commands_that_need_no_gpu(capsys) -> None:
     for words, told in (
         (["--report"], "--json"),
         (["--rows", "nothing"], "no such row"),
+        ([*TINY, "--gpus", "2", "--rows", "tf_scm-1.3B-fsdp"], "torchrun --nproc_per_node=2"),
         (
             ["--rows", "tf_diffusion-1.3B-one"],
             "needs CUDA" if not torch.cuda.is_available() else "",
