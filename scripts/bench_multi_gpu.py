@@ -12,6 +12,7 @@ ranks. Random weights, the same for every world size.
 from __future__ import annotations
 
 import os
+import shlex
 
 # multicast over NVLink is not to be had on shared machines
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -133,7 +134,8 @@ def read_truth(path: Path) -> dict[str, dict[str, Tensor]]:
     if not path.is_file():
         raise ConfigError(
             f"--truth {path} is not there; write it first, on one rank with the same flags:"
-            f" torchrun --nproc_per_node=1 -m scripts.bench_multi_gpu --truth {path}"
+            f" torchrun --nproc_per_node=1 -m scripts.bench_multi_gpu --truth"
+            f" {shlex.quote(str(path))}"
         )
     truth: dict[str, dict[str, Tensor]] = {}
     for key, value in read_pickle(path).tensors.items():

@@ -83,7 +83,12 @@ def stream_command(path: str | Path, description: Description) -> str | None:
             if set(TOY_PROMPT.split()) <= set(words)
             else " ".join(words[: text.get("text_len", 8) - 1][:4])
         )
-    return f"rcm stream --ckpt {shlex.quote(str(path))} --prompt {shlex.quote(prompt)}"
+    return f"rcm stream --ckpt {typed(path)} --prompt {typed(prompt)}"
+
+
+def typed(word: str | Path) -> str:
+    """As a shell takes it: advice works as printed, whatever a folder is called."""
+    return shlex.quote(str(word))
 
 
 def network_of(description: Description, path: Path) -> WanConfig:

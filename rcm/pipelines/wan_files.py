@@ -39,7 +39,7 @@ from rcm.pipelines.adapted_weights import (
     base_of,
     chosen_copy,
 )
-from rcm.pipelines.described import description_of, network_of
+from rcm.pipelines.described import description_of, network_of, typed
 from rcm.pipelines.finite import bad_weight
 from rcm.pipelines.weight_files import open_weights
 from rcm.storage.state_dicts import LazyWeights, check_keys, shapes_of
@@ -159,8 +159,8 @@ def _adapted(
     if not Path(where).exists():
         raise CheckpointError(
             f"{file.path} holds adapters on the weights of {where}, and there is no {where} here;"
-            f" make one network of both: python -m scripts.checkpoint convert {file.path} TARGET"
-            " --base PATH"
+            f" make one network of both: python -m scripts.checkpoint convert"
+            f" {typed(file.path)} TARGET --base PATH"
         )
     if above == MOST_ADAPTERS:
         raise CheckpointError(

@@ -20,7 +20,7 @@ from rcm.nets.wan.convert import PATCH_KEY
 from rcm.nets.wan.foreign import LORA, foreign
 from rcm.nets.wan.lora import lora_pairs
 from rcm.pipelines.adapted_weights import adapter_settings
-from rcm.pipelines.described import description_of, stream_command
+from rcm.pipelines.described import description_of, stream_command, typed
 from rcm.pipelines.wan_files import (
     NetworkWeights,
     config_of,
@@ -261,7 +261,7 @@ def _lora_report(
         )
     except CheckpointError as error:
         return WeightsReport(family="low-rank update (LoRA)", problem=str(error), **common)
-    use = f"python -m scripts.checkpoint convert BASE TARGET --lora {file.path}"
+    use = f"python -m scripts.checkpoint convert BASE TARGET --lora {typed(file.path)}"
     return WeightsReport(family=family, uses=(f"merge it: {use}",), **common)
 
 
@@ -287,7 +287,7 @@ def _adapters_report(
         return WeightsReport(problem=str(error).removeprefix(f"{file.path} "), **common)
     streamed = stream_command(path, description)
     uses = (f"stream it: {streamed}",) if streamed else ()
-    convert = f"python -m scripts.checkpoint convert {path} TARGET"
+    convert = f"python -m scripts.checkpoint convert {typed(path)} TARGET"
     return WeightsReport(
         uses=(
             *uses,
@@ -328,11 +328,12 @@ def _uses(path: str, first: CopyReport, *, streamed: str | None) -> tuple[str, .
     """Where a network of this size can be passed; `streamed`: the line for one that says how it is
     sampled.
     """
-    size = first.preset
+    size, as_start = first.preset, typed(f"model.config.student_ckpt={path}")
+    path = typed(path)
     if streamed:
         return (
             f"stream it: {streamed}",
-            f"training from it: model.config.student_ckpt={path} (or a teacher's *_ckpt)",
+            f"training from it: {as_start} (or a teacher's *_ckpt)",
         )
     module = "python -m rcm.inference."
     if size in ("1.3B", "14B"):
@@ -342,7 +343,7 @@ def _uses(path: str, first: CopyReport, *, streamed: str | None) -> tuple[str, .
                 f" {path}"
             ),
             f"teacher: {module}wan2pt1_t2v_diffusion_infer --model_size {size} --dit_path {path}",
-            f"training from it: model.config.student_ckpt={path} (or a teacher's *_ckpt)",
+            f"training from it: {as_start} (or a teacher's *_ckpt)",
         )
     if size == "A14B":
         experts = "--high_noise_model_path or --low_noise_model_path, as its name says"
