@@ -14,6 +14,7 @@ os.environ["no_proxy"] = "*"  # servers of tests are on this machine
 
 import gc
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -101,11 +102,22 @@ def warned() -> Iterator[list[str]]:
 
 
 @pytest.fixture(autouse=True)
+def _nobody_listens() -> Iterator[None]:
+    """What a command of one test has set up for its log would also print the lines of the next."""
+    yield
+    if (loguru := sys.modules.get("loguru")) is not None:
+        loguru.logger.remove()
+
+
+@pytest.fixture(autouse=True)
 def _same_defaults() -> object:
-    """No test leaves torch's default dtype or gradient mode changed for the next one."""
+    """No test leaves torch's default dtype or gradient mode changed for the next one, nor the
+    precision of products, which training sets for its process.
+    """
     yield
     changed = torch.get_default_dtype() is not torch.float32 or not torch.is_grad_enabled()
     torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
     torch.set_grad_enabled(True)
     assert not changed, "the test left torch's default dtype or gradient mode changed"
 

@@ -5,6 +5,7 @@ RANDOM only where that stays so.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_finished_run_tells_the_line_that_streams_it_and_a_resumed_one_is_not_
         assert cli.main([*words, f"trainer.max_iter={iterations}"]) == 0
         said.append(capsys.readouterr().err)
     job = tmp_path / "rcm" / "toy" / "toy_tf_c3-3"
-    assert all(f"stream it: rcm stream --ckpt {job} --prompt 'a red square moving left'\n" in text for text in said)
+    assert all(f"stream it: rcm stream --ckpt {shlex.quote(str(job))} --prompt 'a red square moving left'\n" in text for text in said)
     assert "net: RANDOM weights" in said[0] and "RANDOM" not in said[1]
     assert "resumed at iteration 1" in said[1]
     assert all(len(line) < 200 for text in said for line in text.splitlines())

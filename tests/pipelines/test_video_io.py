@@ -180,7 +180,8 @@ def test_a_failed_write_says_where_the_frames_are(tmp_path, monkeypatch, video, 
     """The encoder fails under the chosen name, then everywhere."""
     real, fake, kept = imageio_ffmpeg.get_ffmpeg_exe(), tmp_path / "fake", tmp_path / "kept"
     fake.write_text(
-        f'#!/bin/sh\ncase "$*" in */kept/*) [ -e {tmp_path}/broken ] || exec {real} "$@";; esac\necho No space left on device >&2\nexit 1\n'
+        f'#!/bin/sh\ncase "$*" in */kept/*) [ -e "{tmp_path}/broken" ] || exec "{real}" "$@";; esac\n'
+        "echo No space left on device >&2\nexit 1\n"
     )
     fake.chmod(0o755)
     kept.mkdir()

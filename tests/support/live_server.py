@@ -63,7 +63,7 @@ class Shown:
     frame: int
     number: int
     pixels: np.ndarray
-    at: float
+    sent: float
 
 
 @dataclass
@@ -82,10 +82,10 @@ class Client:
         if isinstance(got, str):
             self.said.append(json.loads(got))
             return self.said[-1]
-        version, kind, take, chunk, frame, number, _ = HEADER.unpack_from(got)
+        version, kind, take, chunk, frame, number, sent = HEADER.unpack_from(got)
         assert version == 1 and kind in (1, 2, 3)
         pixels = np.asarray(Image.open(io.BytesIO(got[HEADER.size :])).convert("RGB"))
-        self.pictures.append(Shown(take, chunk, frame, number, pixels, time.monotonic()))
+        self.pictures.append(Shown(take, chunk, frame, number, pixels, sent))
         return self.pictures[-1]
 
     def until(self, found: Any, *, patience: float = PATIENCE) -> Any:
