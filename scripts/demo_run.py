@@ -188,11 +188,14 @@ class Demo:
 
     def stop(self) -> None:
         """Ask everything to stop: training processes save and end, scoring ends after the sampler
-        it is at.
+        it is at. Asked again, nothing more is done: a second signal would end them unsaved.
         """
+        if self._stop.is_set():
+            return
         self._stop.set()
+        # a script's background jobs may ignore SIGINT
         for process in list(self._running):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End training processes at once."""
@@ -271,7 +274,7 @@ class Demo:
             )
             self._running.add(process)
             if self._stop.is_set():
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
             while process.poll() is None:
                 watch()
                 time.sleep(LOOK_EVERY)

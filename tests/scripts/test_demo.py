@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -171,7 +172,12 @@ def test_branches_hold_every_stage_once_and_wait_for_what_feeds_them(tmp_path) -
     record.stage("tf_c3-3")["trained"] = True
     waiter.join(10)
     assert not waiter.is_alive()
-    made.stop()
+    training, asked = mock.Mock(), []
+    training.send_signal = asked.append
+    made._running.add(training)
+    for _ in range(3):
+        made.stop()
+    assert asked == [signal.SIGTERM], "a second signal would end it unsaved"
     with pytest.raises(Stopped):
         made.wait_for(["tf_c1-1"])
 
