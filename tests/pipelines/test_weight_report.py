@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,14 +49,15 @@ def small_preset(monkeypatch):
 def test_families(tmp_path, family, small_preset):
     assert FOUND.keys() == FAMILIES.keys()
     lead, container, patch, copies = FOUND[family]
-    path = FAMILIES[family](tmp_path, small_state())
+    (folder := tmp_path / "it's mine").mkdir()
+    path = FAMILIES[family](folder, small_state())
     report = inspect_weights(path)
     assert report.family.startswith(lead) and (report.container, report.patch, report.dtype) == (container, patch, "float32")
     assert [copy.copy for copy in report.copies] == copies and all(copy.fits and copy.preset == "14B" for copy in report.copies)
     parameters = sum(value.numel() for value in small_state().values())
     assert all((copy.tensors, copy.parameters) == (len(small_state()), parameters) for copy in report.copies)
     assert report.ok and report.preset == "14B" and report.problem is None
-    assert f"wan2pt1_t2v_rcm_infer --model_size 14B --dit_path {path}" in str(report) and "complete" in str(report)
+    assert f"wan2pt1_t2v_rcm_infer --model_size 14B --dit_path {shlex.quote(str(path))}" in str(report) and "complete" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["copies"][0]["copy"] == copies[0]
 
 
