@@ -5,14 +5,16 @@ that fails ends with a status that says so.
 from __future__ import annotations
 
 import ast
+import time
 from contextlib import nullcontext
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from scripts import bench_measure
+from scripts import bench_measure, bench_stream_runs
 from tests.hygiene.source import ROOT, files, name, tree
 
 ON_CARDS = ["attention", "fp8_attention", "kv_codec", "policies", "stream", "stream_cache", "stream_ranks", "train_step", "vae"]
@@ -83,6 +85,25 @@ def test_a_part_that_fails_leaves_the_others_their_numbers(capsys) -> None:
 
     assert bench_measure.attempted(broken) == {"error": "RuntimeError: no such kernel"}
     assert bench_measure.attempted(lambda: {"ms": 1.0}) == {"ms": 1.0}
+
+    def wrong() -> dict[str, float]:
+        return bench_measure.require({"latents": (1.0, 0.1)})
+
+    with pytest.raises(bench_measure.CheckFailed):  # nothing that rests on it is timed
+        bench_measure.attempted(wrong)
+
+
+def test_latents_are_timed_when_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk without pixels is handed out while the card still works on it: its own stamp is that
+    of its issue.
+    """
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.02))
+    pixels, latents = torch.zeros(1, 3, 4, 2, 2), torch.zeros(1, 16, 1, 2, 2)
+    chunks = [SimpleNamespace(seconds=1.0, images=pixels, frames=pixels)]
+    chunks += [SimpleNamespace(seconds=2.0, images=None, frames=latents), None]
+    found = bench_stream_runs.watch(SimpleNamespace(step=iter(chunks).__next__))
+    assert found["stamps"][0] == pytest.approx(1, abs=0.01) and found["stamps"][1] >= 2.02
+    assert found["frames"] == [4, 1] and found["fps"] == 5 / found["stamps"][1]
 
 
 def test_parts_are_chosen_by_name() -> None:
