@@ -279,9 +279,12 @@ def file_sha256(path: str | Path) -> str:
 
 
 def code_commit() -> str | None:
-    """The commit of this code, "+changes" if files differ; None outside a repository."""
-    words = ["git", "-C", str(Path(__file__).resolve().parents[2]), "describe", "--always"]
-    words += ["--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    """The commit of this code, "+changes" if files differ; None outside its own repository, such as
+    for a package that is installed inside another project's.
+    """
+    root = Path(__file__).resolve().parents[2]
+    words = ["git", "-C", str(root), f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    words += ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
         told = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

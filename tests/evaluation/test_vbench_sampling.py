@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.evaluation import vbench_manifest
 from rcm.evaluation.vbench_manifest import RunFolder, beside, read_manifest
 from rcm.evaluation.vbench_prompts import T2V_FILE, SuiteItem, by_dimension, placed_extensions, read_rows, read_suite, with_extended
 from rcm.evaluation.vbench_sampling import ClipRequest, Share, SuiteRun, sample_suite
@@ -213,6 +214,14 @@ def test_what_a_run_left_unfinished_is_known(tmp_path: Path) -> None:
     (images / "2.jpg").write_bytes(b"another")
     with pytest.raises(ConfigError, match=r"prompt 2-0.mp4 was made from another first frame"):
         sample_suite(run, Noise())
+
+
+def test_the_commit_is_never_that_of_a_project_around_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(vbench_manifest, "__file__", str(tmp_path / "site" / "rcm" / "evaluation" / "x.py"))
+    assert vbench_manifest.code_commit() is None
 
 
 def test_records_lie_beside_the_folder_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
