@@ -128,8 +128,10 @@ class AttentionCore(nn.Module):
         may be dual or plain, as is the result.
 
         `constant_keys`: number of leading keys whose k and v have zero tangent (a cached prefix),
-        for which no tangent work is done.
+        for which no tangent work is done. `ValueError` for tensors or a mask that do not fit: back
+        ends would broadcast them, or read past their end.
         """
+        _require_fitting(q, k, v, mask)
         scale = q.shape[3] ** -0.5
         if in_dual_level():
             (q, q_dot), (k, k_dot), (v, v_dot) = unpack(q), unpack(k), unpack(v)
@@ -155,6 +157,18 @@ class AttentionCore(nn.Module):
         if self.jvp_implementation == "auto":
             return "triton" if q.is_cuda else "reference"
         return self.jvp_implementation
+
+
+def _require_fitting(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None) -> None:
+    queries, keys, values = q.shape, k.shape, v.shape
+    fits = len(queries) == 4 and keys == (queries[0], keys[1], queries[2], queries[3])
+    if not fits or values[:3] != keys[:3] or len(values) != 4 or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"attention takes q [B, Lq, N, D], k and v [B, Lk, N, D] of one dtype, got"
+            f" {tuple(queries)} {q.dtype}, {tuple(keys)} {k.dtype} and {tuple(values)} {v.dtype}"
+        )
+    if mask is not None and (mask.q_len, mask.kv_len) != (queries[1], keys[1]):
+        raise ValueError(f"{mask} does not fit {queries[1]} queries and {keys[1]} keys")
 
 
 def attention_record(net: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ dict of its own set alone. Names of factors are PEFT's (`LAYER.lora_A.weight`,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from rcm.core.dual import pack, unpack
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
 from rcm.nets.condition import Condition
 from rcm.nets.kv_view import CacheView
 from rcm.nets.layers import Linear
@@ -30,9 +32,10 @@ _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
 
 
 class Chosen:
-    """Which set of adapters a network computes with; `name` None is the base alone."""
+    """Which of the sets `roles` a network computes with; `name` None is the base alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, roles: tuple[str, ...]) -> None:
+        self.roles = roles
         self.name: str | None = None
 
     @contextmanager
@@ -135,6 +138,8 @@ class AdaptedNet(nn.Module):
 
     def __init__(self, net: nn.Module, role: str | None) -> None:
         super().__init__()
+        if role is not None and role not in (roles := cast(Any, net).chosen.roles):
+            raise ConfigError(f"no adapters of role {role!r}; the network has {', '.join(roles)}")
         self.net: Any = net
         self.role = role
 
@@ -193,10 +198,14 @@ def attach(
 ) -> None:
     """Freeze `net` and give `layers` (paths inside each of its `blocks`) adapters for every role,
     in place; their values are undefined until loaded. `ConfigError` for a layer that is no plain
-    one (quantised, or adapted).
+    one (quantised, or adapted), a rank below 1, and an alpha that is not positive.
     """
+    require_kind("rank", rank, int)
+    if rank < 1 or not 0 < alpha < math.inf:
+        raise ConfigError(f"adapters need a rank of at least 1, got {rank}, and alpha={alpha} > 0")
     net.requires_grad_(False)
-    net.chosen, roles = Chosen(), tuple(roles)
+    roles = tuple(roles)
+    net.chosen = Chosen(roles)
     for index, block in enumerate(net.blocks):
         for path in layers:
             layer = block.get_submodule(path)

@@ -139,10 +139,10 @@ class RopeTables:
         self._kept: dict[tuple, RopeTable] = {}
 
     def stretch(self, ntk: tuple[float, float, float]) -> None:
-        """Set `ntk` for later tables. `ConfigError` unless all ratios are positive and finite."""
-        if not all(0 < ratio < math.inf for ratio in ntk):
+        """Set `ntk` for later tables. `ConfigError` unless all three are positive and finite."""
+        if len(ntk) != 3 or not all(0 < ratio < math.inf for ratio in ntk):
             raise ConfigError(
-                f"NTK ratios of frames, rows and columns must be positive numbers, got {ntk}"
+                f"NTK ratios of frames, rows and columns must be three positive numbers, got {ntk}"
             )
         self.ntk = ntk
         self._kept = {}

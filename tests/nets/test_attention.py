@@ -52,6 +52,25 @@ def test_sdpa_equals_reference_in_value_and_gradient(mask, limit, monkeypatch):
         assert torch.equal(by_choice, got), "on the CPU the choice is sdpa"
 
 
+def test_tensors_that_do_not_fit_are_refused():
+    """SDPA on the CPU takes fewer values than keys, and everything takes one row for all."""
+    q, k, v = (x.detach() for x in inputs(None))
+    core = AttentionCore(SDPA())
+    for wrong in (
+        (q, k[:1], v[:1]),
+        (q, k[:, :, :1], v[:, :, :1]),
+        (q, k, v[:, :3]),
+        (q, k[..., :4], v),
+        (q, k.float(), v),
+        (q[0], k[0], v[0]),
+    ):
+        with pytest.raises(ValueError, match=r"attention takes q \[B, Lq, N, D\]"):
+            core(*wrong)
+    with pytest.raises(ValueError, match=r"Full\(q_len=10, kv_len=9\) does not fit 10 queries and 10 keys"):
+        core(q, k, v, Full(10, 9))
+    assert core(q[:, :4], k, v[..., :2], Full(4, 10)).shape == (2, 4, 3, 2)
+
+
 @pytest.mark.parametrize("limit", [0, 1 << 20], ids=["segments", "matrix"])
 def test_number_of_fused_calls(limit, monkeypatch):
     calls = []

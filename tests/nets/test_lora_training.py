@@ -201,6 +201,18 @@ def test_unknown_targets_are_named(target: str) -> None:
         adapted_layers(())
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (-2, 1.0), (2.5, 1.0), (2, 0.0), (2, float("nan"))])
+def test_adapters_without_rank_or_strength(rank: int, alpha: float) -> None:
+    with pytest.raises(ConfigError, match="rank"):
+        attach(tiny_net(), LAYERS, roles=ROLES, rank=rank, alpha=alpha)
+
+
+def test_a_role_that_the_network_lacks() -> None:
+    """It had no parameters and an empty state dict."""
+    with pytest.raises(ConfigError, match="no adapters of role 'teacher'; the network has student, fake_score"):
+        AdaptedNet(adapted(), "teacher")
+
+
 def test_the_largest_rank_is_that_of_the_smallest_layer() -> None:
     config = tiny_config(ffn_dim=40)
     assert largest_rank(("self_attn.q",), config) == config.dim == 64
