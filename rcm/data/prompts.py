@@ -14,6 +14,7 @@ from rcm.core.errors import ConfigError
 from rcm.core.text_file import read_lines
 from rcm.data.batch import PromptBatch
 from rcm.encoders.prompt_cleaning import says_nothing
+from rcm.storage.json_file import keys_once
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -41,7 +42,9 @@ def read_prompts(path: str | Path) -> list[str]:
 def json_line(line: str, place: str) -> Any:
     """The value of a line of a .jsonl file; `ConfigError` names its `place`."""
     try:
-        return json.loads(line)
+        value = json.loads(line, object_pairs_hook=keys_once)
+        json.dumps(value, ensure_ascii=False).encode()  # an escape can be half a character
+        return value
     # also numbers too long and lists too deep to be read
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error

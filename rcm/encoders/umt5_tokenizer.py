@@ -95,7 +95,12 @@ def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
     def pieces(text: str) -> tuple[list[int], list[int]]:
         # without special tokens: the end-of-sentence id is added here, whatever the file's own
         # template says
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(
+                f"{path} cannot divide {text[:80]!r} ({error}); damaged? download it again"
+            ) from error
         return list(encoding.ids), [start for start, _ in encoding.offsets]
 
     return UMT5Tokenizer(path, identity, tokenizer.get_vocab_size(), end, pieces)
@@ -110,8 +115,9 @@ def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
             " beside it"
         ) from error
     try:
+        _require_whole(path.read_bytes())
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError, LookupError) as error:
         raise ConfigError(
             f"{path} is no sentencepiece model ({error}); damaged? download it again"
         ) from error
@@ -123,6 +129,32 @@ def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
         return processor.encode(text, out_type=int), _starts(text, words)
 
     return UMT5Tokenizer(path, identity, processor.get_piece_size(), processor.eos_id(), pieces)
+
+
+def _require_whole(model: bytes) -> None:
+    """ValueError or LookupError for a sentencepiece model (a protocol buffer) that was cut. The
+    library takes one that ends between two pieces for a smaller vocabulary; what trained it, and
+    how text is normalised, stand behind all pieces.
+    """
+
+    def number() -> int:
+        nonlocal at
+        value = 0
+        for shift in range(0, 70, 7):
+            byte, at = model[at], at + 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("it holds a number of more than 64 bits")
+
+    at, found = 0, set()
+    while at < len(model):
+        field, kind = divmod(number(), 8)
+        found.add(field)
+        length = number() if kind in (0, 2) else {1: 8, 5: 4}[kind]
+        at += length if kind else 0
+    if at > len(model) or not {1, 2, 3} <= found:
+        raise ValueError("it was cut: the model's settings, which stand last, are not there")
 
 
 def _starts(text: str, pieces: Sequence[str]) -> list[int]:

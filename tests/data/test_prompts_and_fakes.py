@@ -29,6 +29,8 @@ def test_text_and_jsonl(tmp_path):
         ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', r'a\.jsonl:2 needs a "prompt"'),
         ("a.jsonl", "{", r"a\.jsonl:1 is not JSON"),
         ("a.jsonl", '{"prompt": 3}', "needs a"),
+        ("a.jsonl", '{"prompt": "a \\ud800 b"}', r"a\.jsonl:1 is not JSON.*surrogates not allowed"),
+        ("a.jsonl", '{"prompt": "x", "prompt": "y"}', r"a\.jsonl:1 is not JSON.*'prompt' is given twice"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, word):

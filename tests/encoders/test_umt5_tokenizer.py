@@ -5,12 +5,23 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.umt5_tokenizer import UMT5Tokenizer, find_tokenizer, open_tokenizer
 from tests.support.tiny_umt5 import save_tokenizer
+
+
+class Processor:
+    """What the library makes of a model."""
+
+    def eos_id(self) -> int:
+        return 1
+
+    def get_piece_size(self) -> int:
+        return 40
 
 
 @pytest.fixture
@@ -102,6 +113,28 @@ def test_sentencepiece_models_work_where_it_is_installed(tmp_path: Path) -> None
     cut = tokenizer.tokens("a red cat moves", text_len=6)
     assert cut.ids == [*expected[:5], 1]
     assert cut.cut and "a red cat moves".endswith(cut.cut)
+
+
+def test_a_cut_sentencepiece_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two pieces, too, where what is left is a whole model of fewer pieces to the library:
+    the settings behind them are missing.
+    """
+    monkeypatch.setitem(sys.modules, "sentencepiece", SimpleNamespace(SentencePieceProcessor=lambda model_file: Processor()))
+    piece = b"\x0a\x07\x0a\x05piece"
+    whole = 40 * piece + b"\x12\x02\x20\x28" + b"\x1a\x85\x02" + bytes(261)
+    (tmp_path / "spiece.model").write_bytes(whole)
+    assert open_tokenizer(tmp_path / "spiece.model").vocab == 40
+    for cut in (*range(1, 3 * len(piece)), *range(20 * len(piece), len(whole))):
+        (tmp_path / "spiece.model").write_bytes(whole[:cut])
+        with pytest.raises(ConfigError, match=r"spiece\.model is no sentencepiece model .*download it again"):
+            open_tokenizer(tmp_path / "spiece.model")
+
+
+def test_a_file_that_knows_no_unknown_letters_is_named(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path) / "tokenizer.json"
+    path.write_text(path.read_text().replace('"unk_id"', '"unkid"'))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot divide '\u017e' \(.*unk_id.*download it again"):
+        open_tokenizer(path).tokens("\u017e", text_len=4)
 
 
 def test_without_sentencepiece_the_other_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
