@@ -268,7 +268,7 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_continues(tmp_path) -> None
     total = round(0.4 * 1000)
     assert saved is not None and 10 <= saved < total
     before = json.loads((out / FILE_NAME).read_text())["seconds"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert f"resumed at iteration {saved}" in (out / "logs" / "tf_c1-1.log").read_text()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
