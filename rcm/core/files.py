@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
+
+from rcm.core.errors import ConfigError
 
 _FULL = 1 << 16
 """Bytes: a file system with less room than this is called full."""
@@ -24,27 +31,130 @@ def discard(path: Path) -> None:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file or folder to, put in its place at the end. Whatever
-    fails before leaves `target` as it was.
+def sole_writer(path: Path, *, wait: bool = False) -> Iterator[IO[bytes]]:
+    """The file `path`, empty and locked, to be written and then renamed inside the block: whoever
+    comes meanwhile waits, or gets `BlockingIOError`, and then has a file of its own. A block that
+    fails leaves none.
+
+    What a killed process or another program left at `path` is removed, a link or a pipe among it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (target.with_name(f".{word}_{target.name}") for word in ("writing", "replaced"))
-    discard(partial)
-    try:
-        yield partial
-        discard(old)
-        if target.is_dir():  # which cannot be replaced in one step
-            os.replace(target, old)
+    while True:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                discard(path)
         try:
-            os.replace(partial, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
+            file = open(path, "ab")  # noqa: SIM115 (closed below)
+        except PermissionError:
+            if not os.path.lexists(path):
+                raise
+            discard(path)  # of another user
+            continue
+        with file:
+            if not _locked(file, wait=wait):
+                told = "another process is writing it"
+                raise BlockingIOError(errno.EWOULDBLOCK, told, str(path))
+            if not is_at(file, path):
+                continue
+            try:
+                file.truncate(0)
+                yield file
+            except BaseException:
+                with suppress(OSError):  # the reason of the failure counts
+                    if is_at(file, path):
+                        discard(path)
+                raise
+            return
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one of that name: its writer may have renamed or removed it after
+    it was opened here.
+    """
+    try:
+        return os.fstat(file.fileno()).st_ino == os.lstat(path).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _locked(file: IO[Any], *, wait: bool) -> bool:
+    """Take the system's lock, which ends with the process; False while another one has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: nothing can be said, so the write goes on
+    return True
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write a file or folder to, put in its place at the end, on disk.
+    Whatever fails before leaves `target` as it was; an `OSError` of the writing names `target`.
+
+    `ConfigError` while another process writes the same target.
+    """
+    lock, partial = (target.with_name(f".{word}_{target.name}") for word in ("locked", "writing"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with sole_writer(lock):
+            try:
+                discard(partial)
+                yield partial
+                flush(partial)
+                put_in_place(partial, target)
+            except RuntimeError as error:  # torch's own words
+                refused = as_refused(error, target) if type(error) is RuntimeError else None
+                if refused is None:
+                    raise
+                raise refused from error
+            finally:
+                for left in (partial, lock):
+                    with suppress(OSError):  # the reason of a failure counts
+                        discard(left)
+    except BlockingIOError as error:
+        told = "is being written by another process; wait for it, or choose another target"
+        raise ConfigError(f"{target} {told}") from error
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(lock), str(partial)):
             raise
+        raise OSError(error.errno, error.strerror or str(error), str(target)) from error
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Give the file or folder `new` the name `target`, at once; what had it is removed then.
+    `IsADirectoryError` for a file in place of a folder, which is more than what is replaced.
+    """
+    if not os.path.lexists(target) or not new.is_dir():
+        os.replace(new, target)
+        return
+    old = new
+    if not _exchanged(new, target):
+        old = target.with_name(f".replaced_{target.name}")
         discard(old)
-    finally:
-        discard(partial)
+        os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except OSError:
+            os.replace(old, target)
+            raise
+    with suppress(OSError):  # as network file systems refuse while somebody reads it
+        discard(old)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap is not None and not swap(here, os.fsencode(one), here, os.fsencode(other), exchange)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or all files of a folder, to the disk."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
 
 
 def read_exactly(path: Path, target: bytearray | memoryview, *, start: int) -> None:
@@ -65,27 +175,35 @@ def read_exactly(path: Path, target: bytearray | memoryview, *, start: int) -> N
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 beside `path`, flush it to disk, and rename it into place."""
-    temporary = path.with_name(path.name + ".writing")
-    # whatever a killed process or another program left there, a link to elsewhere among it
-    discard(temporary)
+    """Write `text` as UTF-8 beside `path`, flush it to disk, and rename it into place; an `OSError`
+    names a path.
+    """
+    data, temporary = text.encode(), path.with_name(path.name + ".writing")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with sole_writer(temporary, wait=True) as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):  # the reason of the failure counts
-            discard(temporary)
-        raise
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def as_disk_full(error: BaseException, path: Path) -> OSError | None:
-    """An OSError of a full disk, where `error` is a writer's own words for one; else None."""
+def as_refused(error: BaseException, path: Path) -> OSError | None:
+    """The `OSError` of which `error` is a writer's own words: it quotes one, the disk is full, or
+    torch found less written than it gave; else None.
+    """
     if isinstance(error, OSError):
         return None
     here = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
-    if here is None or shutil.disk_usage(here).free > _FULL:
+    if quoted := re.search(r"\[Errno (\d+)\]", str(error)):
+        number = int(quoted[1])
+    elif here is not None and shutil.disk_usage(here).free <= _FULL:
+        number = errno.ENOSPC
+    elif "unexpected pos" in str(error):
+        number = errno.EIO
+    else:
         return None
-    return OSError(errno.ENOSPC, "No space left on device", str(path))
+    return OSError(number, os.strerror(number), str(path))

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.core.files import replacing
 from rcm.core.output_file import OutputFile
 from rcm.nets.wan.lora import LAYOUTS, peft_settings, published
 from rcm.pipelines.adapted_weights import AdaptedWeights
 from rcm.pipelines.weight_writer import check_free
 from rcm.storage.safetensors_file import write_safetensors
-from rcm.train.describe import FILE_NAME, Description
+from rcm.train.describe import FILE_NAME, Description, replacing_described
 
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
@@ -65,7 +64,7 @@ def save_adapters(
     )
     tensors = published(network.factors(), layout=layout, alpha=said["alpha"])
     tensors = {key: value.to(dtype or value.dtype) for key, value in tensors.items()}
-    with replacing(target) as partial:
+    with replacing_described(target, description) as partial:
         if wanted:
             metadata = {"format": "pt", "rcm": description.to_json()}
             if layout == "diffusers":
@@ -73,7 +72,6 @@ def save_adapters(
                     {f"transformer.{key}": value for key, value in settings.items()}
                 )
             _write(partial, tensors, metadata)
-            description.write(target.with_name(target.name + ".json"))
         else:
             partial.mkdir()
             _write(partial / PEFT_FILE, tensors, {"format": "pt"})

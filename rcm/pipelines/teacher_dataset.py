@@ -38,6 +38,7 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.text_to_video import WholeVideoRecipe, walk
+from rcm.storage.pickle_file import write_pickle
 
 RELEASE_RECIPE = WholeVideoRecipe("ode", sigma_max=5000.0, steps=100, shift=3.0, guidance=5.0)
 """How the released data sets were sampled from Wan2.1-14B (docs/reference/training.md#data)."""
@@ -345,7 +346,7 @@ def write_negative_embedding(
     embedding = text.encode([text.negative_prompt])[0].to("cpu", dtype).contiguous().clone()
     try:
         with OutputFile.claim(path).replacing() as temporary:
-            torch.save(embedding, temporary)
+            write_pickle(temporary, embedding)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write the negative embedding to {path}: {error}") from error
     return path

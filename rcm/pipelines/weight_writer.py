@@ -17,17 +17,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm.core.errors import CheckpointError, ConfigError
-from rcm.core.files import replacing
 from rcm.core.output_file import OutputFile
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
 from rcm.nets.wan.published_config import published_settings
+from rcm.storage.dcp_folder import reason_of
+from rcm.storage.pickle_file import write_pickle
 from rcm.storage.safetensors_file import write_safetensors
 from rcm.storage.state_dicts import LazyWeights, listed
 from rcm.storage.weight_files import INDEX
-from rcm.train.describe import FILE_NAME, Description
+from rcm.train.describe import FILE_NAME, Description, replacing_described
 
 FOLDER_STEM = "diffusion_pytorch_model"
 
@@ -93,7 +95,7 @@ def save_network(
     if target.suffix in (".safetensors", ".pt", ".pth"):
         OutputFile.claim(target)
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
-    with replacing(target) as partial:
+    with replacing_described(target, description) as partial:
         _write(
             partial,
             weights,
@@ -102,8 +104,6 @@ def save_network(
             description=description,
             max_shard_bytes=max_shard_bytes,
         )
-        if partial.is_file():
-            description.write(target.with_name(target.name + ".json"))
     return target
 
 
@@ -125,16 +125,19 @@ def _write(
             metadata={"format": "pt", "rcm": description.to_json()},
         )
     elif kind in (".pt", ".pth"):
-        torch.save(_contained(weights, copy=str(description.extra.get("weights"))), path)
+        write_pickle(path, _contained(weights, copy=str(description.extra.get("weights"))))
     elif kind == ".dcp":
         with warnings.catch_warnings():
             # one process is what is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(
-                _whole(weights),
-                storage_writer=FileSystemWriter(str(path), single_file_per_rank=True),
-                no_dist=True,
-            )
+            try:
+                dcp.save(
+                    _whole(weights),
+                    storage_writer=FileSystemWriter(str(path), single_file_per_rank=True),
+                    no_dist=True,
+                )
+            except CheckpointException as error:
+                raise reason_of(error, path=path) from error
         description.write(path / FILE_NAME)
     else:
         _write_folder(

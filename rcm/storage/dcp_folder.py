@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, StorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from rcm.core.errors import CheckpointError
-from rcm.core.files import read_exactly
+from rcm.core.files import as_refused, read_exactly
 from rcm.storage.dcp_metadata import Numbers, Piece, read_metadata
 from rcm.storage.pickle_file import read_tensor
 from rcm.storage.state_dicts import LazyWeights
@@ -137,6 +138,17 @@ class DcpFolder(LazyWeights):
                     f"{file} is truncated: it has {file.stat().st_size} bytes, its tensors need"
                     f" {end}"
                 )
+
+
+def reason_of(error: BaseException, *, path: Path) -> BaseException:
+    """Why a save or a load failed: an `OSError` where the system refused on any rank, else the
+    first rank's error; others than torch's `CheckpointException` are their own reason.
+    """
+    if isinstance(error, CheckpointException):
+        causes = [failure[0] for failure in error.failures.values()]
+        refusals = (cause for cause in causes if isinstance(cause, OSError))
+        error = next(refusals, causes[0] if causes else error)
+    return as_refused(error, path) or error
 
 
 def _box(offsets: Numbers, sizes: Numbers) -> tuple[slice, ...]:

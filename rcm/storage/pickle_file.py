@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,6 +156,36 @@ def read_tensor(source: Path | bytes | bytearray, *, name: str) -> Tensor:
         tensor = made(value)
         require_intact(value)
         return tensor
+
+
+def write_pickle(path: Path, value: object) -> None:
+    """torch.save, flushed to disk. What the system refuses is raised as its `OSError`, which torch
+    has other words for.
+    """
+    with open(path, "wb") as file:
+        watched = _Watched(file)
+        try:
+            torch.save(value, watched)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise watched.refusal or error from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Watched:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.flush = file.flush
+        self.refusal: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
 
 
 def is_archive(path: Path) -> bool:

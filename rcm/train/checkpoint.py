@@ -15,7 +15,7 @@ size may differ from the one that saved.
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from rcm.core.errors import CheckpointError, PeerGone
-from rcm.core.files import as_disk_full, discard
+from rcm.core.files import discard, put_in_place
 from rcm.parallel.agree import agree, is_lost_peer, on_first, shared, together
 from rcm.parallel.mesh import ParallelDims
+from rcm.storage.dcp_folder import reason_of
 from rcm.storage.inside import pointed_at
 from rcm.train.continuity import Settings
 from rcm.train.describe import FILE_NAME, Description, write_atomically
@@ -42,6 +43,8 @@ from rcm.train.state import TrainState
 from rcm.train.stragglers import OwnTime
 
 LATEST = "latest_checkpoint.txt"
+_SAVED = re.compile(r"iter_\d{9,}")
+"""Folders that a save makes; others, such as a copy kept by hand, are never removed."""
 
 
 class Checkpointer:
@@ -271,18 +274,14 @@ class Checkpointer:
 
     def _publish(self, unfinished: Path, final: Path, description: Description) -> None:
         description.write(unfinished / FILE_NAME)
-        replaced, pointer = self.root / f".replaced_{final.name}", self.root / LATEST
-        if os.path.lexists(final):
-            final.rename(replaced)
-        unfinished.rename(final)
+        put_in_place(unfinished, final)
+        pointer = self.root / LATEST
         if pointer.is_dir():
             discard(pointer)
         write_atomically(pointer, final.name + "\n")
-        # the new checkpoint is in use; the next save tries again
-        with contextlib.suppress(OSError):
-            discard(replaced)
         if self.keep_last > 0:
-            older = sorted(d for d in self.root.glob("iter_*") if d.is_dir() and d != final)
+            saved = (d for d in self.root.iterdir() if _SAVED.fullmatch(d.name) and d.is_dir())
+            older = sorted(d for d in saved if d != final)
             for directory in older[: max(0, len(older) + 1 - self.keep_last)]:
                 _retire(directory)
         logger.info("saved {}", final)
@@ -369,18 +368,12 @@ def _readable(error: BaseException, *, path: Path) -> Exception:
     """An OSError that names `path` if the system refused, else a CheckpointError; CheckpointErrors
     pass.
     """
-    if isinstance(error, CheckpointException):
-        causes = [failure[0] for failure in error.failures.values()]
-        error = next(
-            (cause for cause in causes if isinstance(cause, OSError)),
-            causes[0] if causes else error,
-        )
+    error = reason_of(error, path=path)
     if is_lost_peer(error):
         return PeerGone(
             f"another rank of this launch ended while {path} was written or read; the previous"
             " checkpoint stays in use"
         )
-    error = as_disk_full(error, path) or error
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return OSError(

@@ -5,8 +5,10 @@ from the path alone, and to notice a contradiction.
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from rcm.core.errors import CheckpointError
-from rcm.core.files import write_atomically
+from rcm.core.files import discard, flush, replacing, write_atomically
 from rcm.storage.json_file import parse_json
 from rcm.train.description_rules import check_description
 
@@ -159,6 +161,26 @@ class Description:
                     f" run's are those of {_base(here)}; give it the weights that they belong to,"
                     f" {anew}"
                 )
+
+
+@contextmanager
+def replacing_described(target: Path, description: Description | None) -> Iterator[Path]:
+    """As `replacing`, with the description beside a file (`<name>.json`): wherever it is stopped,
+    no file stands beside the description of another.
+    """
+    beside, told = (target.with_name(f"{lead}{target.name}.json") for lead in ("", ".writing_"))
+    try:
+        with replacing(target) as partial:
+            yield partial
+            if alone := partial.is_file():  # a folder has it inside
+                flush(partial)  # what can fail comes before the older description goes
+                if description is not None:
+                    description.write(told)
+                discard(beside)
+        if alone and description is not None:
+            os.replace(told, beside)
+    finally:
+        discard(told)
 
 
 def _base(told: Mapping[str, Any]) -> str:

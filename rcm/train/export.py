@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, ConfigError
-from rcm.core.files import replacing
+from rcm.core.output_file import OutputFile
 from rcm.nets.wan.convert import WRAPPERS
 from rcm.nets.wan.lora import by_layer, published
 from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.inside import pointed_at
+from rcm.storage.pickle_file import write_pickle
 from rcm.storage.safetensors_file import write_safetensors
-from rcm.train.describe import FILE_NAME, Description
+from rcm.train.describe import FILE_NAME, Description, replacing_described
 
 PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
 """Name of a set of weights -> its key prefix: the student's average, the student itself, the
@@ -102,11 +103,13 @@ def export(
     published layout "wan" (`rcm/nets/wan/lora.py:LAYOUTS`).
 
     The self-description goes into a safetensors file's metadata and into `<save_path>.json`, with
-    the set of weights in `extra["weights"]`. Raises ConfigError for another suffix.
+    the set of weights in `extra["weights"]`. Raises ConfigError for another suffix, OSError where
+    no file can be made.
     """
     target = Path(save_path)
     if target.suffix not in (".safetensors", ".pt", ".pth"):
         raise ConfigError(f"save path {target} must end in .safetensors, .pt or .pth")
+    OutputFile.claim(target)
     description, tensors = describe(path), read_weights(path, weights=weights, dtype=dtype)
     adapters = None if description is None else description.extra.get("adapters")
     if adapters is None:
@@ -115,12 +118,10 @@ def export(
         tensors = published(by_layer(tensors), layout="wan", alpha=adapters["alpha"])
     if description is not None:
         description = description.holding(weights)
-    with replacing(target) as partial:
+    with replacing_described(target, description) as partial:
         if target.suffix == ".safetensors":
             metadata = {"format": "pt", **({"rcm": description.to_json()} if description else {})}
             write_safetensors(partial, tensors, tensors.__getitem__, metadata=metadata)
         else:
-            torch.save(tensors, partial)
-        if description is not None:
-            description.write(target.with_name(target.name + ".json"))
+            write_pickle(partial, tensors)
     return target

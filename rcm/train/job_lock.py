@@ -17,7 +17,7 @@ from typing import IO, Any
 from loguru import logger
 
 from rcm.core.errors import ConfigError
-from rcm.core.files import discard
+from rcm.core.files import discard, is_at
 
 NAME = "running.lock"
 _TRIES = 5
@@ -57,7 +57,7 @@ def _acquired(path: Path, knob: str) -> IO[str]:
             discard(path)
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held as long as the run)
         free = _lock(file)
-        if free and _is_at(file, path):
+        if free and is_at(file, path):
             return file
         holder = _holder(file)
         file.close()
@@ -89,16 +89,6 @@ def _lock(file: IO[str]) -> bool:
         holder = _holder(file)
         return not holder or _dead(holder)
     return True
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file is the one of that name: its holder may have removed it after it was
-    opened here.
-    """
-    try:
-        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
 
 
 def _holder(file: IO[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcm.core import files
 from rcm.core.errors import CheckpointError
 from rcm.parallel.mesh import ParallelDims
 from rcm.train import checkpoint
@@ -253,6 +254,31 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path, mo
     monkeypatch.undo()
     launch(tmp_path, max_iter=4, save_iter=1, keep_last=1).run()
     assert names() == ["iter_000000004", "latest_checkpoint.txt"]
+
+
+def test_only_what_saves_made_is_removed_by_later_ones(tmp_path: Path) -> None:
+    kept = tmp_path / "checkpoints" / "iter_000000001_by_hand"
+    kept.mkdir(parents=True)
+    launch(tmp_path, max_iter=2, save_iter=1, keep_last=1).run()
+    assert sorted(p.name for p in kept.parent.iterdir()) == [kept.name, "iter_000000002", "latest_checkpoint.txt"]
+
+
+def test_an_iteration_saved_again_that_cannot_be_placed_leaves_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system does not swap folders in one step, between two renames neither has it."""
+    trainer, replace = launch(tmp_path, max_iter=1), os.replace
+    trainer.run()
+
+    def refused(source: Path, target: Path) -> None:
+        if Path(source).name.startswith(".writing_iter"):
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(OSError, match="previous checkpoint is untouched"):
+        trainer.checkpointer.save(trainer.state, loader=trainer.loader)
+    monkeypatch.undo()
+    assert load(tmp_path).iteration == 1
 
 
 def test_a_job_and_what_is_inside_are_its_newest_checkpoint(saved: Path) -> None:

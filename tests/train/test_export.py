@@ -4,7 +4,9 @@ command.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.train import describe as describing
 from rcm.train.export import describe, export, model_directory, read_weights
 from rcm.train.state import TrainState
 from scripts.dcp_to_pth import main
@@ -81,6 +84,54 @@ def test_an_exported_file_says_which_weights_it_holds(trained: tuple[Path, Train
     assert told.extra["weights"] == held and told == describe(job).holding(weights)
     with safe_open(target, framework="pt") as file:
         assert json.loads(file.metadata()["rcm"])["extra"]["weights"] == held
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_weights_never_stand_beside_the_description_of_others(
+    trained: tuple[Path, TrainState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Whichever rename, removal or flush it is stopped at, and nothing temporary is left."""
+    job, _ = trained
+    target, calls = export(job, tmp_path / "x.pt", weights="ema"), []
+
+    def refusing(owner: object, word: str) -> None:
+        real = getattr(owner, word)
+
+        def call(*arguments: object, **options: object) -> object:
+            calls.append(word)
+            if len(calls) == step:
+                raise OSError(5, "Input/output error", str(target))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, word, call)
+
+    for word in ("replace", "fsync"):
+        refusing(os, word)
+    refusing(describing, "discard")
+    with contextlib.suppress(OSError):
+        export(job, target, weights="reg")
+    monkeypatch.undo()
+    held = torch.load(target)
+    is_new = torch.equal(held["net.head.head.weight"], read_weights(job, weights="reg", dtype=torch.bfloat16)["head.head.weight"])
+    told = describe(target)
+    assert told is None or told.extra["weights"] == ("live" if is_new else "ema")
+    if step > 1:
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".writing", ".locked"))]
+
+
+def test_a_folder_in_the_place_of_the_file_stays(trained: tuple[Path, TrainState], tmp_path: Path) -> None:
+    (tmp_path / "x.pt").mkdir()
+    (tmp_path / "x.pt" / "precious").touch()
+    with pytest.raises(OSError, match=r"is a folder: '.*x\.pt'"):
+        export(trained[0], tmp_path / "x.pt")
+    assert (tmp_path / "x.pt" / "precious").exists()
+
+
+def test_no_older_description_stays_beside_weights_without_one(tmp_path: Path) -> None:
+    dcp.save({"net_ema.a": torch.ones(2)}, checkpoint_id=str(tmp_path / "model"), no_dist=True)
+    (tmp_path / "x.pt.json").write_text("{}")
+    export(tmp_path, tmp_path / "x.pt")
+    assert describe(tmp_path / "x.pt") is None
 
 
 def test_names_that_wrappers_leave_are_removed(tmp_path: Path) -> None:
