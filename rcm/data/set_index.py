@@ -13,14 +13,12 @@ by itself (`index_shard`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shlex
 import struct
 import tarfile
-import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +30,7 @@ import numpy as np
 from loguru import logger
 
 from rcm.core.errors import CheckpointError, first_line
-from rcm.core.files import discard
+from rcm.core.files import discard, sole_writer
 from rcm.data.tar_index import (
     CONTEXT,
     FIELDS,
@@ -332,12 +330,13 @@ def _kept(path: Path) -> ShardIndex:
 
 def write_record(folder: Path, shards: Iterable[tuple[os.stat_result, Place]]) -> tuple[int, int]:
     """As `record_shards`, of shards that were opened already, each with the `stat` of its file."""
-    temporary = folder / f".{RECORD}.{uuid.uuid4().hex}.partial"
+    temporary = folder / f".{RECORD}.partial"
     facts: list[list[object]] = []
     samples = 0
     try:
-        with open(temporary, "wb") as file:
+        with sole_writer(temporary, wait=True) as file:
             file.write(_MAGIC)
+            file.flush()
             recorded = os.fstat(file.fileno()).st_mtime_ns
             for stat, shard in shards:
                 at, keys = file.tell(), shard.joined_keys()
@@ -352,16 +351,13 @@ def write_record(folder: Path, shards: Iterable[tuple[os.stat_result, Place]]) -
             file.write(_FOOTER.pack(at, len(text), hashlib.sha256(text).digest()))
             file.flush()
             os.fsync(file.fileno())
-        if (folder / RECORD).is_dir():
-            discard(folder / RECORD)
-        os.replace(temporary, folder / RECORD)
+            if (folder / RECORD).is_dir():
+                discard(folder / RECORD)
+            os.replace(temporary, folder / RECORD)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write the index: {error.strerror}", str(folder / RECORD)
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # never hide the reason of the failure
-            discard(temporary)
     return len(facts), samples
 
 

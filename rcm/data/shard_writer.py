@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import json
 import os
 import tarfile
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 from loguru import logger
 
 from rcm.core.errors import ConfigError, first_line
-from rcm.core.files import discard
+from rcm.core.files import discard, sole_writer
 from rcm.data.set_index import MANY, record_shards
-from rcm.data.tar_index import CONTEXT, FIELDS, INDEX_SUFFIX, ShardError, scan_shard, write_index
+from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, scan_shard, write_index
 
 MANIFEST = "dataset.json"
 _MOST_SAMPLES = 10**9
@@ -101,19 +98,9 @@ def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> in
     Keys count from `first_key`, nine digits. Any `OSError` (disk full, no permission) is raised
     again with the path, and nothing half-written stays.
     """
-    temporary, count, mine = path.with_name(f".{path.name}.partial"), 0, False
+    temporary, count = path.with_name(f".{path.name}.partial"), 0
     try:
-        for leftover in (temporary, path):
-            if leftover.is_dir() or leftover.is_symlink():
-                discard(leftover)
-        with open(temporary, "ab") as file:
-            mine = _taken(file)
-            if not mine:
-                raise ConfigError(
-                    f"shard {path} is being written by another process; wait for it, or choose"
-                    " another --out or --part"
-                )
-            file.truncate(0)
+        with sole_writer(temporary) as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
                 for count, sample in enumerate(samples, 1):
                     for field, data in sample.members().items():
@@ -122,27 +109,21 @@ def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> in
                         archive.addfile(info, io.BytesIO(data))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        mine = False
-        write_index(scan_shard(path))
+            index = replace(scan_shard(temporary), path=path)
+            if path.is_dir():
+                discard(path)
+            os.replace(temporary, path)
+        write_index(index)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"shard {path} is being written by another process; wait for it, or choose another"
+            " --out or --part"
+        ) from error
     except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary), str(path)):
+            raise  # of what the samples are read from
         raise OSError(error.errno, f"cannot write shard: {error.strerror}", str(path)) from error
-    finally:
-        if mine:
-            with contextlib.suppress(OSError):  # never hide the reason of the failure
-                discard(temporary)
     return count
-
-
-def _taken(file: IO[bytes]) -> bool:
-    """Whether this process alone writes the file; the system forgets it with the process."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks: nothing can be said, so the write goes on
-    return True
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -199,14 +180,19 @@ def pending_shards(
 
 def write_span(span: ShardSpan, samples: Iterable[Members]) -> None:
     """Write the shard of `span`; `ShardError`, and no file, for another number of samples."""
-    written = write_shard(span.path, samples, first_key=span.start)
-    if written != span.stop - span.start:
-        span.path.unlink()
-        span.path.with_name(span.path.name + INDEX_SUFFIX).unlink(missing_ok=True)
-        raise ShardError(
-            f"shard {span.path} got {written} of {span.stop - span.start} samples from its source;"
-            " it was removed"
-        )
+
+    def counted() -> Iterator[Members]:
+        written = 0
+        for sample in samples:
+            written += 1
+            yield sample
+        if written != span.stop - span.start:
+            raise ShardError(
+                f"shard {span.path} got {written} of {span.stop - span.start} samples from its"
+                " source; it was not written"
+            )
+
+    write_shard(span.path, counted(), first_key=span.start)
 
 
 def build_shards(
@@ -246,8 +232,8 @@ def read_manifest(folder: Path) -> dict[str, object]:
     if not manifest.is_file():
         return {}
     try:
-        found = json.loads(manifest.read_text())
-    except ValueError as error:
+        found = json.loads(manifest.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{manifest} is not JSON ({first_line(error)}); it was damaged"
         ) from error
@@ -264,34 +250,37 @@ def _short(value: object, room: int = 160) -> str:
 
 
 def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
-    manifest = folder / MANIFEST
+    manifest, temporary = folder / MANIFEST, folder / f".{MANIFEST}.partial"
     wanted = json.loads(json.dumps(recipe))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if manifest.is_file():
-            stored = read_manifest(folder)
-            keys = sorted(stored.keys() | wanted.keys())
-            pairs = [(k, stored.get(k), wanted.get(k)) for k in keys]
-            differing = [
-                f"{k}: there {_short(there)}, asked {_short(asked)}"
-                for k, there, asked in pairs
-                if there != asked
-            ]
-            if differing:
-                told = "; ".join(differing)
-                raise ConfigError(
-                    f"{folder} holds a data set built otherwise ({told}); choose another output"
-                    " folder"
-                )
-            return
-        # several processes may begin at once
-        temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
-        temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, manifest)
+        if not manifest.is_file():
+            # several processes may begin at once: the first decides
+            with sole_writer(temporary, wait=True) as file:
+                if manifest.is_file():
+                    discard(temporary)
+                else:
+                    file.write(json.dumps(wanted, indent=1, sort_keys=True).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(temporary, manifest)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write to the output folder: {error.strerror}", str(folder)
         ) from error
+    stored = read_manifest(folder)
+    keys = sorted(stored.keys() | wanted.keys())
+    pairs = [(k, stored.get(k), wanted.get(k)) for k in keys]
+    differing = [
+        f"{k}: there {_short(there)}, asked {_short(asked)}"
+        for k, there, asked in pairs
+        if there != asked
+    ]
+    if differing:
+        told = "; ".join(differing)
+        raise ConfigError(
+            f"{folder} holds a data set built otherwise ({told}); choose another output folder"
+        )
 
 
 def _is_whole(path: Path, expected: int) -> bool:

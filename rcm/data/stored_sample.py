@@ -79,9 +79,17 @@ def _all_finite(value: torch.Tensor) -> bool:
 
 
 def stored_prompt(shard: Shard, sample: int, data: bytes | bytearray | None = None) -> str:
-    """The caption of a sample (`data`: its bytes); `ShardError` unless it is UTF-8."""
+    """The caption of a sample (`data`: its bytes); `ShardError` unless it is UTF-8 without NUL, of
+    which a hole in a file consists.
+    """
     try:
-        return (shard.read(sample, _PROMPT) if data is None else data).decode("utf-8")
+        text = (shard.read(sample, _PROMPT) if data is None else data).decode("utf-8")
+        if "\0" in text:
+            raise ShardError(
+                f"shard {shard.path}: {shard.member(sample, _PROMPT)} holds NUL bytes, which no"
+                " text has; the file was damaged"
+            )
+        return text
     except UnicodeDecodeError as error:
         raise ShardError(
             f"shard {shard.path}: {shard.member(sample, _PROMPT)} is not UTF-8: {error}"

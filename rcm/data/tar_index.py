@@ -23,7 +23,7 @@ import numpy as np
 from loguru import logger
 
 from rcm.core.errors import first_line
-from rcm.core.files import discard
+from rcm.core.files import discard, write_atomically
 
 FIELDS = ("latent.pt", "embed.pt", "prompt.txt")
 CONTEXT = "context.pt"
@@ -212,13 +212,9 @@ def write_index(index: ShardIndex) -> Path:
         "keys": list(index.keys),
         "spans": index.spans.reshape(-1).tolist(),
     }
-    temporary = beside.with_name(f".{beside.name}.partial")
-    for path in (temporary, beside):
-        if path.is_dir():
-            discard(path)
-    temporary.unlink(missing_ok=True)
-    temporary.write_text(json.dumps(record))
-    os.replace(temporary, beside)
+    if beside.is_dir():
+        discard(beside)
+    write_atomically(beside, json.dumps(record))
     return beside
 
 
@@ -227,10 +223,13 @@ def scan_shard(path: Path) -> ShardIndex:
     archive, an incomplete sample, or a doubled member.
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
-    last = "(none)"
+    last, reached = "(none)", 0
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:
+                if info.offset_data <= reached or info.size < 0:
+                    raise ShardError(f"shard {path}: the header of {info.name} leads backwards")
+                reached = info.offset_data
                 if not info.isfile() or _is_of_macos(info.name):
                     continue
                 last = info.name
@@ -267,10 +266,18 @@ def _is_of_macos(name: str) -> bool:
 
 
 def _check_end(path: Path, end: int, *, last: str) -> None:
-    """Look for the end marker: tarfile takes a damaged header for the end of the archive."""
+    """Look for the end marker, and that nothing follows it: tarfile takes a damaged header, or one
+    in a hole, for the end of the archive.
+    """
     with open(path, "rb") as file:
         file.seek(end)
         marker = file.read(len(_END))
+        while marker == _END and (rest := file.read(1 << 20)):
+            if rest.count(0) < len(rest):
+                raise ShardError(
+                    f"shard {path} goes on after its end (byte {end} of {path.stat().st_size},"
+                    f" after member {last}): there is a hole in it, or two archives were joined"
+                )
     if marker != _END:
         state = (
             "the file was truncated" if len(marker) < len(_END) else "the next header is damaged"

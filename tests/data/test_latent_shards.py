@@ -206,6 +206,35 @@ def test_a_damaged_header_is_not_the_end(folder):
         shards(folder)
 
 
+def test_a_hole_over_a_header_is_not_the_end(folder):
+    """Blocks of zeros end a tar file: what follows them would be lost without a word."""
+    path = folder / shard_name(0)
+    whole, at = path.read_bytes(), int(scan_shard(path).spans[2, 0, 0]) - 512
+    forget_index(path)
+    for damaged in (whole[:at] + bytes(1024) + whole[at + 1024 :], whole + (folder / shard_name(1)).read_bytes()):
+        path.write_bytes(damaged)
+        with pytest.raises(ShardError, match=r"goes on after its end \(byte \d+ of \d+, after member .*prompt\.txt\): there is a hole"):
+            shards(folder)
+    path.write_bytes(whole + bytes(1 << 21))  # as a copy in blocks ends
+    assert len(shards(folder)) == 15
+
+
+def test_a_header_that_leads_backwards_ends_the_scan(tmp_path):
+    """A negative size would bring the same header again and again."""
+    with tarfile.open(tmp_path / "shard-0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("0.latent.pt")
+        info.pax_headers = {"size": "-1536"}
+        archive.addfile(info)
+    with pytest.raises(ShardError, match=r"shard-0\.tar.*(leads backwards|not a whole)"):
+        shards(tmp_path)
+
+
+def test_a_caption_of_zeros_is_damage(folder):
+    rewrite(folder / shard_name(0), lambda name, data: (name, bytes(4) if name == "000000004.prompt.txt" else data))
+    with pytest.raises(ShardError, match=r"000000004\.prompt\.txt holds NUL bytes"):
+        shards(folder).fetch([4])
+
+
 def test_damage_after_indexing_is_named(folder):
     source = shards(folder)
     path = folder / shard_name(2)

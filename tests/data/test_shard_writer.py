@@ -10,7 +10,16 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.data.latents import LatentShards
-from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, read_manifest, shard_name, write_shard
+from rcm.data.shard_writer import (
+    MANIFEST,
+    ShardSample,
+    ShardSpan,
+    build_shards,
+    read_manifest,
+    shard_name,
+    write_shard,
+    write_span,
+)
 from rcm.data.tar_index import ShardError
 
 
@@ -97,6 +106,42 @@ def test_a_source_that_ends_early_is_an_error(tmp_path):
     assert not list(tmp_path.glob("shard-*"))
     with pytest.raises(ConfigError, match="shard_size=0"):
         build(tmp_path, size=0)
+
+
+def test_too_few_samples_leave_the_old_shard(tmp_path):
+    """Also none at all, of which there is no shard."""
+    path = tmp_path / shard_name(0)
+    write_shard(path, make(0, 2), first_key=0)
+    before = path.read_bytes()
+    with pytest.raises(ShardError, match=r"shard-000000\.tar got 1 of 2 samples from its source; it was not written"):
+        write_span(ShardSpan(path, 0, 2), make(0, 1))
+    with pytest.raises(ShardError, match="holds no samples"):
+        write_shard(path, [], first_key=0)
+    assert path.read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_what_the_samples_are_read_from_is_named_alone(tmp_path):
+    def lost(start, stop):
+        yield from make(start, 1)
+        (tmp_path / "source.tar").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file or directory: '.*source\.tar'$"):
+        build(tmp_path / "out", source=lost)
+
+
+def test_of_two_builds_at_once_the_first_decides(tmp_path, monkeypatch):
+    """The second looked before the record of the first was there."""
+    build(tmp_path)
+    there, looks = type(tmp_path).is_file, []
+
+    def late(path):
+        looks.append(path)
+        return there(path) and (path.name != MANIFEST or len(looks) > 1)
+
+    monkeypatch.setattr(type(tmp_path), "is_file", late)
+    with pytest.raises(ConfigError, match="built otherwise \\(seed: there None, asked 1"):
+        build(tmp_path, seed=1)
+    assert read_manifest(tmp_path)["made"] == "here" and not list(tmp_path.glob(".*"))
 
 
 def test_a_full_disk_names_the_path_and_keeps_the_old_shard(tmp_path, monkeypatch):
