@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -185,30 +185,29 @@ def opening(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     base = resident_bytes()
     peak_reset()
     rows: dict[str, Any] = {"samples": options.index, "shards": options.shards}
-    processor = time.process_time()
 
-    def lap(name: str, begun: float) -> None:
-        nonlocal processor
+    def lap(name: str, work: Callable[[], Any]) -> Any:
+        begun, processor = time.perf_counter(), time.process_time()
+        made = work()
         rows[f"{name}_seconds"] = time.perf_counter() - begun
         rows[f"{name}_processor_seconds"] = time.process_time() - processor
         rows[f"{name}_mib"] = (resident_bytes() - base) / MIB
-        processor = time.process_time()
+        return made
 
-    begun = time.perf_counter()
-    source = LatentShards(f"{folder}/shard-*.tar")
-    lap("open", begun)
-    begun = time.perf_counter()
-    source.fingerprint()
-    lap("fingerprint", begun)
-    begun = time.perf_counter()
-    loader = Loader(source, batch_size=1, data_rank=2, data_world=7, prefetch=0)
-    loader._plan((0, 0))
-    lap("order", begun)
-    begun = time.perf_counter()
-    for index in range(0, options.index, max(1, options.index // 1000)):
-        shard, sample = source._locate(index)
-        shard.key(sample), shard.span(sample, 0)
-    lap("thousand_places", begun)
+    def ordered() -> Loader:
+        loader = Loader(source, batch_size=1, data_rank=2, data_world=7, prefetch=0)
+        loader._plan((0, 0))
+        return loader
+
+    def find() -> None:
+        for index in range(0, options.index, max(1, options.index // 1000)):
+            shard, sample = source._locate(index)
+            shard.key(sample), shard.span(sample, 0)
+
+    source = lap("open", lambda: LatentShards(f"{folder}/shard-*.tar"))
+    lap("fingerprint", source.fingerprint)
+    loader = lap("order", ordered)
+    lap("thousand_places", find)
     rows["peak_mib"] = (peak_bytes() - base) / MIB
     rows["index_bytes"] = (folder / "dataset.index").stat().st_size
     rows["position_bytes"] = len(str(loader.state_dict()))

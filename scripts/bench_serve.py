@@ -12,7 +12,6 @@ streams than it allows are asked for. Exit status 1 where something is not as it
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import importlib.util
@@ -133,10 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `rcm bench serve`."""
     parser = Arguments(prog="rcm bench serve", description=__doc__)
     add_flags(parser, _FLAGS)
-    return _run(parser.parse_args(argv))
-
-
-def _run(flags: argparse.Namespace) -> int:
+    flags = parser.parse_args(argv)
     if importlib.util.find_spec("websockets") is None:
         raise ConfigError(
             "rcm bench serve needs websockets, which is not installed; install it with: pip"
@@ -153,18 +149,10 @@ def _run(flags: argparse.Namespace) -> int:
             f"--slow {flags.slow} and --vanish {flags.vanish} must leave some of --clients"
             f" {flags.clients}"
         )
-    target = (
-        None if flags.json is None else OutputFile.claim(flags.json, suffix=".json", knob="--json")
-    )
-    load = measure(
-        seconds=flags.seconds,
-        clients=flags.clients,
-        slow=flags.slow,
-        vanish=flags.vanish,
-        fps=flags.fps,
-    )
+    target = flags.json and OutputFile.claim(flags.json, suffix=".json", knob="--json")
+    load = measure(**{name: value for name, value in vars(flags).items() if name != "json"})
     print(table(load))
-    if target is not None:
+    if target:
         target.write(json.dumps(asdict(load), indent=2))
     return 1 if load.faults else 0
 
@@ -310,10 +298,8 @@ async def _sample(server: ServedProcess, load: Load) -> None:
     """Keep the longest queue that was seen."""
     while True:
         values = await asyncio.to_thread(server.metrics)
-        load.queue_max, load.queue_limit = (
-            max(load.queue_max, values["rcm_client_queue_max"]),
-            values["rcm_client_queue_limit"],
-        )
+        load.queue_max = max(load.queue_max, values["rcm_client_queue_max"])
+        load.queue_limit = values["rcm_client_queue_limit"]
         await asyncio.sleep(0.5)
 
 
