@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, NonFinite
 from rcm.evaluation.vbench_manifest import RunFolder, VideoRecord, beside, file_sha256
 from rcm.evaluation.vbench_prompts import SuiteItem
 from rcm.parallel.agree import on_first, shared
@@ -168,17 +168,18 @@ def _sample_share(
     if todo:
         sampler.prepare(list(dict.fromkeys(item.text for item, _ in todo)))
     for number, (item, sample) in enumerate(todo, 1):
-        begin = time.perf_counter()
-        image = run.image(item)
+        begin, name, image = time.perf_counter(), item.video_name(sample), run.image(item)
         request = ClipRequest(item.text, run.seed + sample, image)
-        frames = sampler.sample(request)
-        if share.cp_rank > 0:
-            continue
-        assert frames is not None
-        seconds = time.perf_counter() - begin
-        path = folder.place(
-            write_mp4(folder.staging / item.video_name(sample), frames, fps=sampler.fps, crf=CRF)
-        )
+        try:
+            frames = sampler.sample(request)
+            seconds = time.perf_counter() - begin
+            if share.cp_rank > 0:
+                continue
+            assert frames is not None
+            staged = write_mp4(folder.staging / name, frames, fps=sampler.fps, crf=CRF)
+        except NonFinite as error:
+            raise NonFinite(f"{name} (seed {request.seed}): {error}") from error
+        path = folder.place(staged)
         record = VideoRecord(
             path.name,
             sample=sample,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, NonFinite
 from rcm.evaluation import vbench_manifest
 from rcm.evaluation.vbench_manifest import RunFolder, beside, read_manifest
 from rcm.evaluation.vbench_prompts import T2V_FILE, SuiteItem, by_dimension, placed_extensions, read_rows, read_suite, with_extended
@@ -222,6 +222,12 @@ def test_the_commit_is_never_that_of_a_project_around_the_package(tmp_path: Path
     subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     monkeypatch.setattr(vbench_manifest, "__file__", str(tmp_path / "site" / "rcm" / "evaluation" / "x.py"))
     assert vbench_manifest.code_commit() is None
+
+
+def test_a_video_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noise, "sample", lambda self, request: torch.full((3, 2, 16, 16), float("nan")))
+    with pytest.raises(NonFinite, match=r"prompt 0-0.mp4 \(seed 7\): video holds NaN"):
+        sample_suite(SuiteRun(items(), tmp_path / "v", num_samples=1, seed=7), Noise())
 
 
 def test_records_lie_beside_the_folder_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
