@@ -186,13 +186,10 @@ class RunFolder:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """No two ranks write what they share at once, where the file system has locks."""
-        folder = os.open(self.records, os.O_RDONLY)
-        try:
+        with (self.records / ".lock").open("a") as file:  # NFS locks only what may be written
             with suppress(OSError):
-                fcntl.flock(folder, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(folder)
 
     def _write(self, content: object, name: str = MANIFEST) -> None:
         write_atomically(self.records / name, json.dumps(content, ensure_ascii=False, indent=1))
