@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,7 +37,7 @@ _ENDS = 1 << 20
 class VideoRecord:
     """How one file was made: number of the sample, seed of its generator, text given to the model,
     bytes and SHA-256 of the file, frames and seconds of sampling (None for a file whose run was
-    killed before it could say), SHA-256 of its first frame's file.
+    killed before it could say), SHA-256 of its first frame's file, time (Unix) of the record.
     """
 
     file: str
@@ -49,6 +49,7 @@ class VideoRecord:
     frames: int | None = None
     seconds: float | None = None
     image: str | None = None
+    recorded: float = field(default_factory=time.time)
 
 
 class RunFolder:
@@ -238,14 +239,15 @@ def beside(videos: Path, suffix: str = "_run") -> Path:
 
 
 def _recorded(records: Path) -> dict[str, VideoRecord]:
-    """By file. A line cut by a kill is no record, and its video is looked at again."""
-    found: dict[str, VideoRecord] = {}
+    """By file, the last record of each: a video that was deleted may be made again by another rank.
+    A line cut by a kill is no record, and its video is looked at again.
+    """
+    found: list[VideoRecord] = []
     for path in sorted(records.glob("videos_rank*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with suppress(ValueError, TypeError):
-                record = VideoRecord(**json.loads(line))
-                found[record.file] = record
-    return found
+            with suppress(ValueError, TypeError):  # older lines have no time, and come first
+                found.append(VideoRecord(**{"recorded": 0.0, **json.loads(line)}))
+    return {record.file: record for record in sorted(found, key=lambda record: record.recorded)}
 
 
 def checkpoint_digest(path: str | Path) -> str:

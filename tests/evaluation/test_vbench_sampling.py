@@ -230,6 +230,16 @@ def test_a_video_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         sample_suite(SuiteRun(items(), tmp_path / "v", num_samples=1, seed=7), Noise())
 
 
+def test_a_video_made_again_by_another_rank_has_its_last_record(tmp_path: Path) -> None:
+    run = SuiteRun(items(2), tmp_path / "v", num_samples=1)
+    assert [sample_suite(run, Noise(), share=Share(rank, 2)) for rank in (0, 1)] == [False, True]
+    (run.folder / "prompt 1-0.mp4").unlink()
+    log = tmp_path / "v_run" / "videos_rank1.jsonl"
+    log.write_text(log.read_text().replace('"bytes": ', '"bytes": 1'))  # as another machine writes it
+    assert sample_suite(run, Noise()) and sample_suite(run, Noise())
+    assert read_manifest(run.folder)["videos"]["prompt 1-0.mp4"]["bytes"] == (run.folder / "prompt 1-0.mp4").stat().st_size
+
+
 def test_records_lie_beside_the_folder_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "v" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "v" / "inner")
