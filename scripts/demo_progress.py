@@ -43,7 +43,8 @@ class Board:
             TextColumn("{task.fields[told]}"),
         )
         bars = Progress(*columns, console=self.console, transient=True)
-        self._bars = bars if self.console.is_terminal else None
+        drawn = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._bars = bars if drawn else None
         self._rows: dict[str, int] = {}
 
     def drawing(self) -> AbstractContextManager[object]:

@@ -126,6 +126,10 @@ def test_time_left_follows_the_longest_way_at_the_pace_so_far(monkeypatch) -> No
     assert len(lines) == 1, "no second line within PLAIN_EVERY"
     assert f"{board.number(longest[0].name)}  {longest[0].name}" in lines[0]
     assert board.number(flat(chosen)[-1].name) == "stage 9 of 9"
+    for term, lines in (("dumb", 1), ("xterm", 0)):  # no bars can be drawn on the first
+        console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": term})
+        Board(chosen, console=console).show()
+        assert console.file.getvalue().count("all 0%") == lines
 
 
 def test_threads_leave_busy_cores_alone(monkeypatch, tmp_path) -> None:
