@@ -13,33 +13,49 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["no_proxy"] = "*"  # servers of tests are on this machine
 
 import gc
+import importlib.util
 import re
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.support import processes
 
-OPTIONAL = ("diffusers", "starlette", "tokenizers", "transformers", "websockets")
+OPTIONAL = ("diffusers", "ftfy", "hatchling", "peft", "starlette", "tokenizers", "torchao", "transformers", "uvicorn", "websockets")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Two workers share two cores: more threads per process only make them wait for each other."""
     torch.set_num_threads(1)
     gc.disable()
+    # a shell's background job ignores Ctrl-C, and so would all processes of its tests
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     """A file whose imports ask for an optional package is passed over where that is missing."""
-    report = yield
-    missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr or ""))
-    if report.failed and missing and missing[1] in OPTIONAL:
+    return _passed_over((yield), collector.path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """As is a test that ends for want of one."""
+    return _passed_over((yield), item.path)
+
+
+def _passed_over(report: Any, path: Path) -> Any:
+    missing = report.failed and re.search(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr))
+    if missing and missing[1] in OPTIONAL and importlib.util.find_spec(missing[1]) is None:
         report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 1, f"Skipped: needs {missing[1]}: pip install 'rcm[test]'")
+        report.longrepr = (str(path), 1, f"Skipped: needs {missing[1]}: pip install 'rcm[test]'")
     return report
 
 
