@@ -61,7 +61,10 @@ def run(flags: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag} {value} must be at least {least}")
     names = common_videos(flags.folders)[: flags.max_videos]
     if len(flags.folders) > 1 and not flags.ignore_conditions:
-        require_same_conditions(flags.folders)
+        try:
+            require_same_conditions(flags.folders)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or pass --ignore_conditions") from error
     OutputFile.claim(flags.out / "scores.json", knob="--out")
     if any(flags.out.samefile(folder) for folder in flags.folders):
         raise ConfigError(
