@@ -98,9 +98,6 @@ def _switched_off(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
         for name in ("resolution", "aspect_ratio"):
             yield f"{M}.{name}", size, f"set {M}.latent_hw=null, or leave it out"
     yield from _codec(model)
-    if isinstance(model, CausalConfig) and not model.context_from_last_step:
-        off = f"{M}.context_from_last_step=False keeps context clean"
-        yield f"{M}.context_from_last_step_start_chunk", off, "set that to True"
     if isinstance(model, CausalConfig) and model.sf_simulation_steps_per_chunk:
         counts = f"{M}.sf_simulation_steps_per_chunk"
         stands = f"{counts}={list(model.sf_simulation_steps_per_chunk)} gives the steps"
@@ -147,6 +144,9 @@ def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
         "p_D": critic,
     }
     if isinstance(model, CausalConfig):
+        if not model.context.noisy:
+            clean = "a run with context_from_last_step=False"
+            yield f"{M}.context_from_last_step_start_chunk", clean
         scm = kind in ("tf_scm", "tf_dscm", "tf_meanflow", "tf_scm_sf_dmd")
         rolls = kind not in ("df", "bidirectional") and (kind != "tf" or model.context.noisy)
         dcm, simple = kind in ("tf_dcm", "tf_dscm"), kind in ("tf", "df", "bidirectional")

@@ -267,7 +267,10 @@ class CausalConfig(CommonModelConfig):
                 f"{knob} has {len(counts)} entries, the video has {blocks} blocks; leave the"
                 " surplus out"
             )
-        schedule = self.step_schedule()
+        try:
+            schedule = self.step_schedule()
+        except ConfigError as error:
+            raise ConfigError(f"{error}; times stand in {M}.backward_timesteps or {key}") from error
         empty = [i for i in range(blocks) if self.context.applies(i) and not schedule.entry(i)]
         if empty:
             raise ConfigError(

@@ -59,7 +59,8 @@ class GanConfig(Record):
         ):
             if name in changed and not read:
                 raise ConfigError(
-                    f"{name}={getattr(self, name):g} has no effect while {G}.r1={self.r1}"
+                    f"{name}={getattr(self, name):g} has no effect while {G}.r1={self.r1}; choose"
+                    f" another penalty, or set {G}.{name}={blank[name]:g}, which asks for nothing"
                 )
         if any(block < 0 for block in self.blocks) or list(self.blocks) != sorted(set(self.blocks)):
             raise ConfigError(

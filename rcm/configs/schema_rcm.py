@@ -92,8 +92,14 @@ class RCMConfig(CommonModelConfig):
                 f"{M}.tangent_form={self.tangent_form} is a TrigFlow tangent's; it needs"
                 " cm_type=scm and use_rf_scm=False"
             )
+        told = f"{M}.fd_type={self.fd_type} steps time by fd_size={self.fd_size}, which"
         if self.fd_type and self.time_precision == "bfloat16":
             raise ConfigError(
-                f"{M}.fd_type={self.fd_type} steps time by fd_size={self.fd_size}, which"
-                f" {M}.time_precision=bfloat16 cannot resolve; set {M}.time_precision=float32"
+                f"{told} {M}.time_precision=bfloat16 cannot resolve; set {M}.time_precision=float32"
+            )
+        least = 1e-6 if self.time_precision == "float32" else 1e-12
+        if self.fd_type and self.fd_size < least:
+            raise ConfigError(
+                f"{told} {M}.time_precision={self.time_precision} cannot resolve; set"
+                f" {M}.fd_size={least:g} or more"
             )

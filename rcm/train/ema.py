@@ -67,6 +67,10 @@ class EMAConfig(Record):
                 f"rate={self.rate} must be in (0, {12**-0.5:.3f}), the widths a power-function"
                 " average can have"
             )
+        if self.enabled and self.rate < 1e-6:
+            raise ConfigError(
+                f"rate={self.rate} must be at least 1e-06, where an average is the last weights"
+            )
 
 
 class PowerEMA:

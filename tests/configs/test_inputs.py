@@ -83,7 +83,6 @@ SWITCHED_OFF = {
     "numbers of the other codec": (CUT, ["model.config.tokenizer.gain=2.0"], "model.config.tokenizer.name=toy"),
     "steps beside steps": (DMD, ["model.config.max_simulation_steps_fake=3"], "model.config.sf_simulation_steps_per_chunk=[]"),
     "a difference's step": (RCM, ["model.config.fd_size=0.01"], "model.config.fd_type=1"),
-    "first noisy chunk": (DMD, ["model.config.context_from_last_step_start_chunk=1"], "model.config.context_from_last_step=True"),
     "end of the head's cycle": (
         "toy_sf_dmd_gan_c3-3",
         ["model.config.gan.scheduler.f_min=0.1"],
@@ -154,6 +153,11 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
             RCM,
             ["model.config.fd_type=2", "model.config.loss_scale=0"],
             ["model.config.fd_type=2 is not read by stage rCM with model.config.loss_scale=0"],
+        ),
+        (
+            DMD,
+            ["model.config.context_from_last_step_start_chunk=1"],
+            ["model.config.context_from_last_step_start_chunk=1 is not read by a run with context_from_last_step=False"],
         ),
         (TF, ["model.config.shift3_backward=True"], ["model.config.shift3_backward=True is not read by stage tf"]),
         (TF, ["model.config.shift3_backward=True", "model.config.context_from_last_step=True"], []),

@@ -67,6 +67,8 @@ REFUSED = {
     "critic's learning rate": ([M + "optimizer_fake_score.lr=-1"], r"optimizer_fake_score.lr=-1.0 must be positive"),
     "beta": (["optimizer.betas=[0.9,1.0]"], r"optimizer.betas\[1\]=1.0 must be in"),
     "ema": ([M + "ema.rate=0.3"], r"ema.rate=0.3 must be in \(0, 0.289\)"),
+    "average of nothing": ([M + "ema.rate=1e-320"], r"ema.rate=1e-320 must be at least 1e-06"),
+    "odd sines": ([M + "net.freq_dim=3"], r"net: net.freq_dim=3 must be even"),
     "shift": ([M + "p_G.shift=0"], r"p_G.shift=0.0 must be positive"),
     "timestep scale": ([M + "rectified_flow_t_scaling_factor=1"], r"must be 1000"),
     "frames": ([M + "state_t=10"], r"num_frames=10 does not split .*state_t"),
@@ -148,7 +150,7 @@ REFUSED_ROLLOUTS = {
     "increasing": ([M + "sf_simulation_steps_per_chunk=[2,4]"], r"sf_simulation_steps_per_chunk=\[2, 4\] increases"),
     "too few times": (
         [M + "sf_simulation_steps_per_chunk=[5,2]"],
-        r"Need 4 mid_t values for 5 steps, got 3.*sf_simulation_steps_per_chunk",
+        r"Need 4 mid_t values for 5 steps, got 3.*sf_simulation_steps_per_chunk.*; times stand in model.config.backward_timesteps or",
     ),
     "schedule without counts": ([M + "sf_backward_timestep_schedules=[[0.5]]"], r"sf_simulation_steps_per_chunk"),
     "fewer schedules": (
@@ -208,6 +210,10 @@ REFUSED_RCM = {
     "no teacher": ([M + "net_teacher=null"], r"net_teacher is null, but rCM distils a teacher"),
     "critic never trained": ([M + "student_update_freq=1"], r"student_update_freq=1 never trains the fake score; .*net_fake_score=null"),
     "sigma data": ([M + "sigma_data=0.5"], r"sigma_data=0.5 must be 1"),
+    "difference that float32 does not see": (
+        [M + "fd_type=1", M + "fd_size=1e-9", M + "time_precision=float32"],
+        r"fd_size=1e-09, which model.config.time_precision=float32 cannot resolve; set model.config.fd_size=1e-06 or more",
+    ),
     "difference size": ([M + "fd_size=0"], r"fd_size=0.0 must be in"),
     "difference type": ([M + "fd_type=3"], r"fd_type=3 must be one of 0, 1, 2"),
     "scm option for dcm": ([M + "cm_type=dcm", M + "fd_type=1"], r"fd_type belong to cm_type=scm"),

@@ -49,11 +49,12 @@ class WanConfig:
             raise ConfigError(f"net.eps={self.eps} must be positive")
         if min(self.patch) < 1:
             raise ConfigError(f"net.patch={self.patch} must be at least 1 in each direction")
-        heads, halves = "net.num_heads", "cosine and sine halves"
+        heads = "net.num_heads"
         require_divisible("net.dim", value=self.dim, by=self.num_heads, by_name=heads, knob=heads)
-        require_divisible(
-            "net.freq_dim", value=self.freq_dim, by=2, by_name=halves, knob="net.freq_dim"
-        )
+        if self.freq_dim % 2:
+            raise ConfigError(
+                f"net.freq_dim={self.freq_dim} must be even: a cosine and a sine each"
+            )
         require_equal(
             "net.patch[0] (frames per token)", got=self.patch[0], expected=1, knob="net.patch"
         )
