@@ -66,8 +66,9 @@ class ChunkLoop:
     `grad="last_step"` keeps the graph of each chunk's last step only; the committed context is
     always detached, so no gradient crosses chunks. `in_place` uses the cache's transient writes
     (inference). `interrupt` is called before every pass and may raise to stop. `watch`, where it is
-    set, is shown what every denoising step made. `ConfigError` for a policy that turns keys at
-    other rates than the network does, or chooses tokens by the heads of one rank of several.
+    set, is shown what every denoising step made. `ConfigError` for a policy that wants
+    other keys than `cache` holds, turns them at other rates than the network does, or chooses
+    tokens by the heads of one rank of several.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ChunkLoop:
         in_place: bool = False,
         interrupt: Callable[[], None] | None = None,
     ) -> None:
-        _require_fitting(canvas.policy, denoiser)
+        _require_fitting(canvas.policy, denoiser, cache)
         self.denoiser, self.canvas, self.noise, self.rule = denoiser, canvas, noise, rule
         self.cache = cache
         self.grad, self.in_place, self.interrupt = grad, in_place, interrupt
@@ -262,8 +263,13 @@ class ChunkLoop:
         )
 
 
-def _require_fitting(policy: CachePolicy, denoiser: VelocityModel) -> None:
+def _require_fitting(policy: CachePolicy, denoiser: VelocityModel, cache: Cache) -> None:
     name, ntk = type(policy).__name__, getattr(policy, "ntk_time", None)
+    if not policy.any_keys and (held := cache.branches[0].keys) != policy.keys:
+        raise ConfigError(
+            f"{name} needs a cache with keys={policy.keys!r}, got {held!r}; make it with"
+            " new_cache(keys=)"
+        )
     if ntk is not None and ntk != (rates := denoiser.rope.ntk[0]):
         raise ConfigError(
             f"{name}(ntk_time={ntk:g}) would turn keys by other angles than the network, whose"

@@ -17,6 +17,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, rollout, time_tensor
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.deep_forcing import DeepForcing
+from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.relax_forcing import RelaxForcing
 from rcm.rollout.noise import VideoNoise
 from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan
@@ -141,11 +142,10 @@ def test_time_tensor_is_float64():
 def test_policies_that_would_turn_or_choose_wrongly_are_refused(denoiser):
     """Keys were turned on by other angles than they had been turned by, and ranks chose apart."""
 
-    def loop(model: Denoiser, policy: CachePolicy) -> ChunkLoop:
+    def loop(model: Denoiser, policy: CachePolicy, keys: str = "post_rope") -> ChunkLoop:
         noise = VideoNoise((2, 4, 4, HEIGHT, WIDTH), num_draws=1, generator=torch.Generator(), dtype=torch.float64, device="cpu")
-        return ChunkLoop(
-            model, canvas=Canvas(GRID, policy), noise=noise, rule=ConsistencyStep(), cache=model.new_cache(num_frames=4, grid=GRID)
-        )
+        cache = model.new_cache(num_frames=4, grid=GRID, keys=keys)
+        return ChunkLoop(model, canvas=Canvas(GRID, policy), noise=noise, rule=ConsistencyStep(), cache=cache)
 
     stretched = Denoiser(tiny_net(), Precision.preset("fp64"))
     stretched.net.rope.stretch((2.0, 1.0, 1.0))
@@ -157,4 +157,8 @@ def test_policies_that_would_turn_or_choose_wrongly_are_refused(denoiser):
         with pytest.raises(ConfigError, match=rf"{kind.__name__} chooses by all heads, and each of 2 ranks"):
             loop(shared, kind())
         loop(stretched, kind(ntk_time=2.0)), loop(shared, kind(reduce=lambda x: x)), loop(denoiser, kind())
-    loop(shared, CachePolicy()), loop(stretched, CachePolicy())
+        with pytest.raises(ConfigError, match=rf"{kind.__name__} needs a cache with keys='post_rope', got 'pre_rope'"):
+            loop(denoiser, kind(), "pre_rope")
+    with pytest.raises(ConfigError, match="InfinityRope needs a cache with keys='pre_rope', got 'post_rope'"):
+        loop(denoiser, InfinityRope())
+    loop(shared, CachePolicy()), loop(stretched, CachePolicy()), loop(denoiser, CachePolicy(), "pre_rope")
