@@ -25,7 +25,7 @@ from rcm.pipelines.decode_lane import DecodeLane, new_lane
 from rcm.pipelines.engine import new_loop
 from rcm.pipelines.finite import FiniteGuard, Reading, require_finite_weights
 from rcm.pipelines.generator_lease import lease
-from rcm.pipelines.one_thread import one_thread
+from rcm.pipelines.one_thread import no_gradients, one_thread
 from rcm.pipelines.snapshot import maker, require_alike
 from rcm.pipelines.steering import Change, Pending, Steering, require_fitting
 from rcm.pipelines.stream_ranks import Meeting
@@ -56,6 +56,7 @@ class Session:
     raised everywhere, and a rank that cancels, closes or failed ends the stream for the others.
     """
 
+    @no_gradients()
     def __init__(
         self,
         denoiser: VelocityModel,
@@ -166,7 +167,6 @@ class Session:
         return self.spec.ends_with(self._block - 1)
 
     @one_thread
-    @torch.no_grad()
     def step(self) -> StreamedChunk | None:
         """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a
         closed session, `NonFinite` for a chunk whose latents or pixels are NaN or infinite.
@@ -204,7 +204,6 @@ class Session:
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
 
     @one_thread
-    @torch.no_grad()
     def settle(self) -> None:
         """Put the context of the newest chunk into the cache now, not when the next one is begun;
         several ranks meet for it, which `StreamSpec.settled` saves.

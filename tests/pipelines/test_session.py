@@ -114,6 +114,27 @@ def test_snapshots_go_on_bit_by_bit(denoiser, guided, look_ahead):
     assert codec.stream().state_copy() is True
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_a_stream_may_be_stepped_in_and_out_of_modes_of_torch(denoiser, mode):
+    def run(within) -> torch.Tensor:
+        with within():
+            session = opened(denoiser, spec(policy=SlidingWindow(2)), prefix=torch.ones(1, 4, 1, HEIGHT, WIDTH).requires_grad_())
+            found = [session.step()]
+        state = session.snapshot()
+        with within():
+            session.restart(seed=3)
+            session.step()
+        session.restore(state)
+        session.set_condition(condition(tiny_config(), seed=4), mode="recache")
+        found += [session.step(), session.step()]
+        with within():
+            found.append(session.step())
+        assert not any(chunk.frames.requires_grad or chunk.frames.is_inference() for chunk in found)
+        return torch.cat([chunk.frames for chunk in found], dim=2)
+
+    assert torch.equal(run(mode), run(torch.no_grad))
+
+
 @pytest.mark.parametrize("options", [{"num_frames": 5}, {"policy": SlidingWindow(2)}, {"num_frames": 5, "noise": "video"}])
 def test_a_restarted_session_is_a_new_one(denoiser, options):
     session = opened(denoiser, spec(**options))

@@ -94,10 +94,9 @@ def test_a_session_that_cannot_be_opened_lets_its_generator_go(denoiser):
     ("wrong", "told"),
     [
         ({"mids": ((0.8, 0.5), (0.9995,)), "sigma_max": 1600.0}, "must decrease strictly"),
-        ({"kind": "ode", "ode_steps": 0}, "steps"),
         ({"noisy_context": True, "noisy_context_start_chunk": -1}, "start_chunk=-1"),
     ],
-    ids=["times", "steps", "context"],
+    ids=["times", "context"],
 )
 def test_schedules_are_checked_when_a_session_is_opened(denoiser, wrong, told):
     """All entries of it, and those of a recipe that is taken up later, before the stream
