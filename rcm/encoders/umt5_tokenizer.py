@@ -137,6 +137,9 @@ def _require_whole(model: bytes) -> None:
     how text is normalised, stand behind all pieces.
     """
 
+    at = 0
+    found: set[int] = set()
+
     def number() -> int:
         nonlocal at
         value = 0
@@ -147,7 +150,6 @@ def _require_whole(model: bytes) -> None:
                 return value
         raise ValueError("it holds a number of more than 64 bits")
 
-    at, found = 0, set()
     while at < len(model):
         field, kind = divmod(number(), 8)
         found.add(field)
