@@ -25,6 +25,7 @@ from rcm.inference.causal_methods import METHODS, policy_of
 from rcm.inference.outcome import command
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.session import Session
+from rcm.pipelines.wan_sizes import written_size
 from rcm.rollout.eviction.base import CachePolicy
 from scripts.bench_measure import (
     GIB,
@@ -94,12 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="480x832", metavar="HxW", help="pixels")
     options = parser.parse_args(argv)
     names = chosen_parts(options.methods, BOUNDED, flag="--methods")
-    height, _, width = options.size.partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) % 16 == int(width) % 16 == 0):
-        parser.error(f"--size {options.size}: expected HxW in multiples of 16, such as 480x832")
+    size = written_size(options.size)
     report: dict[str, Any] = this_card("bench_policies") | {"size": options.size, "rows": {}}
     chunks = max(FULL + 10, round(options.minutes * CHUNKS_PER_MINUTE))
-    size = (int(height), int(width))
     denoiser, codec = build("1.3B"), WanVAECodec.random(device="cuda")
     for name in names:
         forget()

@@ -38,6 +38,7 @@ def test_refused_without_a_card_in_one_sentence(bench: str, monkeypatch: pytest.
         ("attention", ["--frames", "6"], "--frames 6 is no whole number of blocks of c3-3"),
         ("fp8_attention", ["--only", "zz"], "--only zz is part of no name; choose from bf16, gluon"),
         ("kv_bias", ["--frames", "1"], "no pass has 16 tokens in its past; give more --frames"),
+        ("policies", ["--size", "0x0"], "--size 0x0 (HxW) must be multiples of 16"),
         ("stream_ranks", ["--sizes", "7B"], "--sizes: unknown '7B'; choose from 1.3B, 14B"),
         ("vae", ["--frames", "80"], "--frames 80 must be 1 + 4 k, at least 37"),
         ("vae", ["--width", "836"], "--width 836 must be a multiple of 8"),
