@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from rcm.core.records import Record, within
 from rcm.core.rng import StepRng
 from rcm.diffusion.interpolant import rf_noise
 from rcm.losses.gan import (
@@ -38,14 +39,14 @@ HEAD = "gan_head"
 
 
 @dataclass(frozen=True)
-class R1:
+class R1(Record):
     """How the discriminator is held flat at real videos: gamma / 2 |dD/dy|^2, y the noised video;
     `sigma` of the second look where it is approximated.
     """
 
     form: R1Form = "approximate"
-    gamma: float = 20.0
-    sigma: float = 0.1
+    gamma: float = within(20.0, above=0)
+    sigma: float = within(0.1, above=0)
 
 
 @dataclass(frozen=True)

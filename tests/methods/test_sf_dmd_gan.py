@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.blocks import BlockPattern
@@ -257,3 +258,10 @@ def test_exact_r1_through_adapters():
     up, down, up2, down2 = (penalty(k * h)[0] for k in (1, -1, 2, -2))
     slope = (8 * (up - down) - (up2 - down2)) / (12 * h)
     assert penalty(0.0)[1].item() == pytest.approx(slope.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"form": "aproximate"}, {"gamma": -1.0}, {"sigma": 0.0}, {"gamma": float("nan")}])
+def test_a_penalty_that_is_none(wrong):
+    """A form that is misspelt was no penalty at all."""
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
+        R1(**wrong)
