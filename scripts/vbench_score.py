@@ -24,7 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ def run(flags: argparse.Namespace) -> None:
             f"--dimension {unknown[0]} is not of the suite {suite.name}: {', '.join(suite.names)}"
         )
     results = flags.result_dir or beside(flags.videos_path, "_eval_results")
+    reward = _vision_reward(flags, results)
     if flags.videos_path is not None and _score_videos(flags, suite, results):
         return
     found = read_results(results)
@@ -140,8 +141,8 @@ def run(flags: argparse.Namespace) -> None:
         "ngpus": flags.ngpus,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    if flags.vision_reward is not None:
-        record["vision_reward"] = _vision_reward(flags, results)
+    if reward is not None:
+        record["vision_reward"] = reward()
         print(f"VisionReward: {record['vision_reward']}")
     write_atomically(results / "score.json", json.dumps(record, indent=1))
 
@@ -304,22 +305,29 @@ def _explain(flags: argparse.Namespace) -> None:
     )
 
 
-def _vision_reward(flags: argparse.Namespace, results: Path) -> dict[str, float]:
+def _vision_reward(
+    flags: argparse.Namespace, results: Path
+) -> Callable[[], dict[str, float]] | None:
+    """What runs VisionReward, once it is clear that it can; None where it is not asked for."""
+    if flags.vision_reward is None:
+        return None
     if flags.videos_path is None:
         raise ConfigError(
             "--vision_reward needs --videos_path with the videos and their vbench_eval_info.json"
         )
-    info = beside(flags.videos_path) / EVAL_INFO
+    info, scores = beside(flags.videos_path) / EVAL_INFO, results / SCORES
     if not info.is_file():
         raise ConfigError(f"no {info}: sampling of the suite is not complete")
-    scores = results / SCORES
-    if not scores.is_file():
-        command = vision_reward_command(
-            flags.vision_reward, eval_info=info, output=scores, model=flags.vision_reward_model
-        )
-        if subprocess.run(command).returncode or not scores.is_file():
-            raise ConfigError(f"VisionReward failed or wrote no {scores}: {shlex.join(command)}")
-    return read_vision_reward(scores, read_json(info, what="list of videos"))
+    words = vision_reward_command(
+        flags.vision_reward, eval_info=info, output=scores, model=flags.vision_reward_model
+    )
+
+    def reward() -> dict[str, float]:
+        if not scores.is_file() and (subprocess.run(words).returncode or not scores.is_file()):
+            raise ConfigError(f"VisionReward failed or wrote no {scores}: {shlex.join(words)}")
+        return read_vision_reward(scores, read_json(info, what="list of videos"))
+
+    return reward
 
 
 if __name__ == "__main__":

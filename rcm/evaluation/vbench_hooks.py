@@ -32,7 +32,12 @@ def vision_reward_command(
             f"the command of VisionReward must contain {' and '.join(missing)}, got {template!r}"
         )
     filled = {"{eval_info}": str(eval_info), "{output}": str(output), "{model}": model}
-    words = shlex.split(template)
+    try:
+        words = shlex.split(template)
+    except ValueError as error:
+        raise ConfigError(
+            f"the command of VisionReward is cut off: {error}: {template!r}"
+        ) from error
     for name, value in filled.items():
         words = [word.replace(name, value) for word in words]
     return words

@@ -325,6 +325,20 @@ def test_vision_reward_counts_every_video_once(tmp_path: Path) -> None:
         vision_reward_command("py {eval_info}", eval_info=Path("a"), output=Path("o"))
 
 
+def test_vision_reward_is_looked_at_before_hours_of_scoring(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--dimension", "scene", "--partial", "--vision_reward"]
+    for command, told_ in (("x {eval_info}", "must contain {output}"), ("x 'a {eval_info} {output}", "is cut off: No closing quotation")):
+        assert score(stand_in, *flags, command) == 2
+        assert told_ in capsys.readouterr().err and not (stand_in / "v_eval_results").exists()
+    script = "import json,sys; rows = json.load(open(sys.argv[1]));"
+    script += (
+        "json.dump({'video_results': [{'video_path': v, 'score': 0.5} for r in rows for v in r['video_list']]}, open(sys.argv[2], 'w'))"
+    )
+    assert score(stand_in, *flags, f'{sys.executable} -c "{script}" {{eval_info}} {{output}}') == 0
+    record = json.loads((stand_in / "v_eval_results" / "score.json").read_text())
+    assert record["vision_reward"] == {"mean": 0.5, "standard_error": 0.0, "num_videos": 15}
+
+
 def scored_run(folder: Path, *, extended: bool = True, weights: str = "ema", fps: float = 16.0, samples: int = 1, **raw: float) -> Path:
     """Videos with settings, and results of all dimensions."""
     sampler = Noise(checkpoint={"weights": weights})
