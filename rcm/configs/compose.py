@@ -94,7 +94,8 @@ def compose_run(
     _refuse_other_family(composed)
     config = read(TrainConfig, composed)
     # as of other words, the last one counts
-    experiment = next((o.value() for o in reversed(parsed) if o.key_or_group == "experiment"), "")
+    named = (o.value() for o in reversed(parsed) if o.key_or_group == "experiment")
+    experiment = str(next(named, ""))
     typed = typed_keys(parsed)
     config, environment = apply_environment(
         _resolve(config, experiment, typed), os.environ if environ is None else environ

@@ -75,9 +75,10 @@ def _of_other_laws(model: CommonModelConfig) -> Iterator[tuple[str, str, str]]:
 def _switched_off(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     """Key, what turns it off, what to do."""
     model, trainer = config.model.config, config.trainer
-    causal = isinstance(model, CausalConfig)
-    heads = [f"{M}.gan.scheduler"] if causal and model.gan.loss_scale else []
-    for plan in ("scheduler", f"{M}.scheduler_fake_score", *heads):
+    plans = ["scheduler", f"{M}.scheduler_fake_score"]
+    if isinstance(model, CausalConfig) and model.gan.loss_scale:
+        plans.append(f"{M}.gan.scheduler")
+    for plan in plans:
         if not attrgetter(plan)(config).cycle_length:
             yield f"{plan}.f_min", f"{plan}.cycle_length=0 keeps f_max", "set that too"
         if not attrgetter(plan)(config).warm_up_steps:

@@ -22,7 +22,10 @@ from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.resume import CheckpointConfig
 from rcm.train.trainer import TrainerConfig
 
-MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMConfig}
+MODEL_VARIANTS: dict[str, type[CausalConfig] | type[RCMConfig]] = {
+    "fsdp_t2v_causal": CausalConfig,
+    "fsdp_t2v_distill_rcm": RCMConfig,
+}
 """Options of the `model` group: which class `model.config` has."""
 
 
