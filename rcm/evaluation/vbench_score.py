@@ -48,22 +48,20 @@ class Suite:
         return tuple(d.name for d in self.dimensions)
 
 
-def _quality(*, aesthetic_last: bool = False) -> tuple[Dimension, ...]:
-    return (
-        Dimension("subject_consistency", "quality", 0.1462),
-        Dimension("background_consistency", "quality", 0.2615),
-        *(() if aesthetic_last else (Dimension("temporal_flickering", "quality", 0.6293),)),
-        Dimension("motion_smoothness", "quality", 0.706, 0.9975),
-        Dimension("dynamic_degree", "quality", weight=0.5),
-        Dimension("aesthetic_quality", "quality"),
-        Dimension("imaging_quality", "quality"),
-    )
-
+_QUALITY = (
+    Dimension("subject_consistency", "quality", 0.1462),
+    Dimension("background_consistency", "quality", 0.2615),
+    Dimension("temporal_flickering", "quality", 0.6293),
+    Dimension("motion_smoothness", "quality", 0.706, 0.9975),
+    Dimension("dynamic_degree", "quality", weight=0.5),
+    Dimension("aesthetic_quality", "quality"),
+    Dimension("imaging_quality", "quality"),
+)
 
 T2V = Suite(
     "t2v",
     (
-        *_quality(),
+        *_QUALITY,
         Dimension("object_class", "semantic"),
         Dimension("multiple_objects", "semantic"),
         Dimension("human_action", "semantic"),
@@ -83,7 +81,7 @@ I2V = Suite(
         Dimension("i2v_subject", "i2v", 0.1462),
         Dimension("i2v_background", "i2v", 0.2615),
         Dimension("camera_motion", "i2v", weight=0.1),
-        *_quality(aesthetic_last=True),
+        *(d for d in _QUALITY if d.name != "temporal_flickering"),
     ),
     {"i2v": 1.0, "quality": 1.0},
 )
