@@ -6,6 +6,7 @@ packages (extra `metrics`) are used where installed, and named as absent where n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,9 +190,12 @@ def judge(
 
     The strongest worsening decides: harm of one kind often improves another number (blur removes
     noise, a freeze removes stutter), so gains are not set against it. Less than half a step on both
-    sides is no difference.
+    sides is no difference. `ConfigError` for numbers that are not finite, and for none in common.
     """
     shared = [m for m in METRICS if m.judges and m.name in first and m.name in second]
+    odd = [m.name for m in shared if not math.isfinite(first[m.name] - second[m.name])]
+    if odd:
+        raise ConfigError(f"{', '.join(odd)} of the two clips is no finite number: no verdict")
     harm = {m.name: max(-cap, min(cap, m.harm(first[m.name], second[m.name]))) for m in shared}
     if not harm:
         raise ConfigError("the two clips have no metric in common")

@@ -125,6 +125,9 @@ def test_the_verdict_does_not_depend_on_the_order() -> None:
     clean, soft = (measure_clip(clip).values for clip in (untouched(textured()), DEGRADATIONS["blur"](textured(), 2)))
     assert (judge(clean, soft).worse, judge(soft, clean).worse, judge(clean, clean).worse) == ("second", "first", None)
     assert judge(clean, soft).reason == "detail"
+    for pair in ((clean, soft | {"noise": float("nan")}), (clean | {"noise": float("nan")}, soft)):
+        with pytest.raises(ConfigError, match="noise of the two clips is no finite number"):
+            judge(*pair)
 
 
 def test_every_metric_says_what_it_sees_and_what_not() -> None:
