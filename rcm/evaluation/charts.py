@@ -44,12 +44,7 @@ def line_chart(points: Sequence[Sequence[float]], *, label: str) -> str:
                 running_mean(curve, width=max(3, len(curve) // 15)), x_scale, y_scale, style="line"
             )
         )
-    if lost:
-        parts.append(
-            f'<text class="bad" x="{_WIDTH - _RIGHT}" y="{_TOP + 10}" text-anchor="end">{lost} not'
-            " finite</text>"
-        )
-    return "".join(parts) + "</svg>"
+    return "".join(parts) + _lost(lost) + "</svg>"
 
 
 def lines_chart(
@@ -58,7 +53,8 @@ def lines_chart(
     """An `<svg>` of curves in one frame, points marked and named, with a legend below.
 
     `lines`: `name`, `points` [(x, y), ...], and `colour` 1 .. 6 (default: its place). An x axis of
-    positive values over a factor of 8, such as steps, is logarithmic, ticked at the values.
+    positive values over a factor of 8, such as steps, is logarithmic, ticked at the values. Values
+    that are not finite are left out and counted.
     """
     curves = [
         [(float(x), float(y)) for x, y in line["points"] if math.isfinite(float(y))]
@@ -104,7 +100,14 @@ def lines_chart(
             for x, y, told in places
         ]
         legend.append(f'<li class="{colour}">{name}</li>')
-    return "".join(parts) + f'</svg><ul class="legend">{"".join(legend)}</ul>'
+    lost = _lost(sum(len(line["points"]) for line in lines) - len(spots))
+    return "".join(parts) + f'{lost}</svg><ul class="legend">{"".join(legend)}</ul>'
+
+
+def _lost(count: int) -> str:
+    """What says that values were left out."""
+    place = f'x="{_WIDTH - _RIGHT}" y="{_TOP + 10}" text-anchor="end"'
+    return f'<text class="bad" {place}>{count} not finite</text>' if count else ""
 
 
 def thinned(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:

@@ -221,13 +221,18 @@ def test_curves_stay_inside_the_picture_and_are_thinned():
 
 def test_several_curves_share_a_frame_and_a_log_axis():
     svg = lines_chart(
-        [{"name": "a", "points": [[1, 10.0], [2, 20.0], [4, 30.0]]}, {"name": "b", "points": [[50, 40.0]]}, {"name": "c", "points": []}],
+        [
+            {"name": "a", "points": [[1, 10.0], [2, 20.0], [4, 30.0]]},
+            {"name": "b", "points": [[50, 40.0], [60, math.nan]]},
+            {"name": "c", "points": []},
+        ],
         label="score",
     )
     places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
     steps = [b[0] - a[0] for a, b in itertools.pairwise(places)]
     assert steps[0] == pytest.approx(steps[1], abs=0.2) and steps[2] == pytest.approx(steps[0] * math.log2(12.5), rel=0.01)
     assert all(52 <= x <= 330 and 10 <= y <= 164 for x, y in places)
+    assert "1 not finite" in svg
     assert re.findall(r'<li class="(s\d)">(\w)', svg) == [("s1", "a"), ("s2", "b"), ("s3", "c")]
     assert "nothing measured yet" in lines_chart([{"name": "a", "points": [[1, float("nan")]]}], label="score")
 
