@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rcm.core.dual import has_tangent, pack, unpack
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
 from rcm.kernels.fused import quantise
 from rcm.nets.layers import Linear
 
@@ -93,8 +94,9 @@ def round_linears_(net: nn.Module, which: FrozenWeights) -> nn.Module:
     whose sizes do not fit stay, as do embeddings, time layers, modulation and head. Returns `net`.
 
     The network may be on the meta device; `load_rows` fills its layers. `ConfigError` for weights
-    that are trained.
+    that are trained, and another word than those of `FrozenWeights`.
     """
+    require_kind("frozen weights", which, FrozenWeights)
     if which == "compute":
         return net
     for block in cast(nn.ModuleList, net.blocks):

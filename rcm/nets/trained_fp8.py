@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from rcm.core.dual import has_tangent
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
 from rcm.kernels.fused import quantise
 from rcm.nets.frozen_fp8 import fits
 from rcm.nets.layers import Linear
@@ -81,8 +82,10 @@ class _Product(torch.autograd.Function):
 def train_in_fp8_(net: nn.Module, which: LinearPrecision) -> nn.Module:
     """Replace the linear layers of the blocks of `net`, in place, by ones with FP8 products; those
     of the prompt's tokens and those whose sizes do not fit stay, as do embeddings, time layers,
-    modulation and head. Returns `net`, which may be on the meta device.
+    modulation and head. Returns `net`, which may be on the meta device. `ConfigError` for another
+    word than those of `LinearPrecision`.
     """
+    require_kind("linear precision", which, LinearPrecision)
     if which == "compute":
         return net
     for block in cast(nn.ModuleList, net.blocks):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
 from rcm.nets.condition import Condition
 from rcm.nets.kv_view import CachedChunk
 from rcm.nets.layout import TokenLayout
@@ -24,6 +25,9 @@ from rcm.rollout.eviction.base import CachePolicy, Placement
 from rcm.rollout.noise import Noise
 from rcm.rollout.plan import ChunkPlan
 from rcm.samplers.steps import StepRule
+
+Grad = Literal["none", "last_step"]
+"""Where a rollout keeps gradient: nowhere, or in the last step of every chunk."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,11 @@ class ChunkLoop:
         noise: Noise,
         rule: StepRule,
         cache: Cache,
-        grad: Literal["none", "last_step"] = "none",
+        grad: Grad = "none",
         in_place: bool = False,
         interrupt: Callable[[], None] | None = None,
     ) -> None:
+        require_kind("grad", grad, Grad)
         _require_fitting(canvas.policy, denoiser, cache)
         self.denoiser, self.canvas, self.noise, self.rule = denoiser, canvas, noise, rule
         self.cache = cache
@@ -291,7 +296,7 @@ def rollout(
     noise: Noise,
     rule: StepRule,
     cache: Cache,
-    grad: Literal["none", "last_step"] = "none",
+    grad: Grad = "none",
     in_place: bool = False,
     commit_last: bool = True,
 ) -> Iterator[ChunkResult]:

@@ -20,6 +20,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.fp8_linear import FP8Linear
 from rcm.nets.frozen_fp8 import FrozenFP8Linear, is_rounded, round_linears_
 from rcm.nets.layers import Linear
+from rcm.nets.trained_fp8 import train_in_fp8_
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.apply import parallelize
 from rcm.parallel.fsdp import stored_parameters
@@ -149,3 +150,12 @@ def test_a_file_with_other_keys_is_named_as_without_rounding():
     materialise(net, device="cpu")
     with pytest.raises(Exception, match=r"missing 1 key\(s\): blocks.0.ffn.0.weight"):
         load_full(net, weights)
+
+
+def test_misspelt_words_round_nothing():
+    """Any other word stood for one of the forms."""
+    for change in (round_linears_, train_in_fp8_):
+        net = tiny_net()
+        with pytest.raises(ConfigError, match="'fp8_store' is not one of 'compute', 'fp8"):
+            change(net, "fp8_store")
+        assert not is_rounded(net)

@@ -139,6 +139,11 @@ def test_time_tensor_is_float64():
     assert time_tensor(0.3, 2, torch.device("cpu")).dtype == torch.float64
 
 
+def test_a_misspelt_place_of_gradient_is_not_nowhere(denoiser):
+    with pytest.raises(ConfigError, match="grad='last' is not one of 'none', 'last_step'"):
+        ChunkLoop(denoiser, canvas=Canvas(GRID), noise=None, rule=ConsistencyStep(), cache=None, grad="last")
+
+
 def test_policies_that_would_turn_or_choose_wrongly_are_refused(denoiser):
     """Keys were turned on by other angles than they had been turned by, and ranks chose apart."""
 
