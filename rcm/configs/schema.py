@@ -11,6 +11,7 @@ and defaults: docs/reference/training.md#optimiser-and-ema, #bidirectional-keys,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Literal
 
 from rcm.configs.schema_causal import CausalConfig
@@ -49,6 +50,10 @@ class JobConfig(Record):
                 raise ConfigError(
                     f"{key}={text!r} leaves job.output_root; give a relative name without '..', or"
                     " set job.output_root"
+                )
+            if text.startswith("~"):  # no shell expands it behind a '='
+                raise ConfigError(
+                    f"{key}={text!r} would be a folder called ~; write job.{key}={expanduser(text)}"
                 )
             if any(not c.isprintable() for c in text) or any(
                 len(part.encode()) > 255 for part in text.split("/")

@@ -127,6 +127,7 @@ REFUSED = {
     ),
     "part that is not a name": (["net={dim:8}"], r"net is chosen by name: net="),
     "interpolation": (["job.name=${nowhere}"], r"does not compose: job.name has no value: .*nowhere.*; give it a plain one$"),
+    "home that no shell expands": (["job.output_root=~/runs"], r"would be a folder called ~; write job.output_root=/.*/runs$"),
     "mandatory value": (["trainer.seed=???"], r"trainer.seed has no value: Missing mandatory value: seed; give it a plain one$"),
     "part in another place": (["net@model.config.net_causal_teacher=toy"], r"write net=... without @model.config.net_causal_teacher"),
     "list without brackets": (["optimizer.betas=0.9,0.99"], r"do you mean a list: 'optimizer.betas=\[0.9,0.99\]'"),
