@@ -104,6 +104,7 @@ async def serve(
         limit_concurrency=None,
         timeout_graceful_shutdown=3,
         access_log=False,
+        log_config=None,  # its own asks for a standard output, which a daemon may not have
         log_level="critical",
         lifespan="off",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -207,7 +208,9 @@ def test_a_stream_that_fails_is_told_and_the_others_go_on(offer):
         assert server.hub.metrics.failed == 1 and len(server.hub.worker.pool.seats) == 1
 
 
-def test_a_stop_tells_everyone_and_closes_all(offer):
+def test_a_stop_tells_everyone_and_closes_all(offer, monkeypatch):
+    """Also of a server that was started without a standard output."""
+    monkeypatch.setattr(sys, "stdout", None)
     with live(offer) as server, server.client() as one, server.client("new") as two:
         one.frames(2)
         two.frames(2)
