@@ -162,16 +162,11 @@ def test_the_hopper_kernel_compiles_for_its_card(tmp_path, monkeypatch, tiles):
 def test_the_plan_holds_what_streams_launch(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from rcm.kernels import precompile
-    from rcm.kernels.fp8_attention import coding_kernels, portable
     from rcm.kernels.fp8_attention.compile_list import attention_plan
-    from rcm.kernels.persistent_attention import hopper, merge_kernel
     from rcm.kernels.persistent_attention import launch as persistent
     from tests.support.pretend_gpu import pretended
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = (coding_kernels.code_pair, coding_kernels.code_queries, hopper.hopper_forward, merge_kernel.merge_parts)
-    for kernel in (*kernels, portable.portable_forward):
-        kernel.device_caches.clear()  # what other tests compiled in this process
     with pretended() as loaded, patch.object(persistent, "processors", lambda _: 132):
         done = precompile.precompile(attention_plan, device="cuda", threads=2)
     wanted = {"code_pair": 2, "code_queries": 1, "hopper_forward": 1, "merge_parts": 1, "portable_forward": 1}

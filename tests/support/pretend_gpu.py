@@ -4,6 +4,7 @@ loaded instead of loading them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -15,9 +16,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 TARGET = GPUTarget("cuda", 90, 32)
-DEVICE = 77
-"""Of no machine: what is compiled for it is never mistaken for the kernels of a card that is
-there.
+DEVICES = itertools.count(77)
+"""Of no machine, one per scope: what is compiled for it is never mistaken for the kernels of a card
+that is there, nor for those of another test.
 """
 
 
@@ -27,12 +28,13 @@ def pretended() -> Iterator[list[str]]:
     it, in the order of loading.
     """
     loaded: list[str] = []
+    device = next(DEVICES)
 
     def note(kernel: CompiledKernel) -> None:
         loaded.append(kernel.name)
 
     active = SimpleNamespace(
-        get_current_device=lambda: DEVICE,
+        get_current_device=lambda: device,
         get_current_stream=lambda _: 0,
         get_current_target=lambda: TARGET,
     )
@@ -40,7 +42,7 @@ def pretended() -> Iterator[list[str]]:
         patch.object(driver, "_active", active),
         patch.object(torch.cuda, "device", lambda _: nullcontext()),
         patch.object(torch.cuda, "set_device", lambda _: None),
-        patch.object(torch.cuda, "current_device", lambda: DEVICE),
+        patch.object(torch.cuda, "current_device", lambda: device),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(CompiledKernel, "run", property(note)),
     ):
