@@ -41,6 +41,7 @@ PAIRS = {
     "vbench score --explain a b --partial": "--partial has no effect with --explain",
     "vbench score --result_dir a --device cpu": "--device has no effect without --videos_path",
     "vbench score --videos_path a --vision_reward_model b": "--vision_reward_model has no effect without --vision_reward",
+    "vbench score --videos_path a --suite long --ngpus 2": "--ngpus has no effect with --suite long",
 }
 
 
