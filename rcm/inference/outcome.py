@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,6 +100,19 @@ def writable_file(text: str) -> Path:
         return OutputFile.claim(text).path
     except (ConfigError, OSError) as error:
         raise argparse.ArgumentTypeError(f"{error}") from error
+
+
+def sparing(target: OutputFile, flags: argparse.Namespace, *inputs: str, knob: str) -> OutputFile:
+    """`target` of the flag `knob`; `ConfigError` where it is a file that one of the flags `inputs`
+    names, which would be replaced.
+    """
+    for name in inputs:
+        if (path := getattr(flags, name, None)) and Path(os.path.realpath(path)) == target.path:
+            raise ConfigError(
+                f"{knob} {target.given} is the file that --{name} reads, which would be replaced;"
+                " choose another name"
+            )
+    return target
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ from rcm.evaluation.throughput import Throughput, measure
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import check_device, exit_status, short_log
+from rcm.inference.outcome import check_device, exit_status, short_log, sparing
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
 from rcm.pipelines.first_block import first_latents, is_image
 from rcm.pipelines.from_checkpoint import LoadedModel
@@ -71,6 +71,7 @@ def run(flags: argparse.Namespace) -> None:
         )
     _check_flags(flags)
     save_to = claim_video(flags.save_path, knob="--save_path")
+    sparing(save_to, flags, "first_frames", knob="--save_path")
     report_to = (
         None
         if flags.report is None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.output_file import OutputFile
+from rcm.inference.outcome import sparing
 from rcm.parallel.agree import on_first, shared
 from rcm.pipelines.video_io import Mp4Writer, claim_video, contact_sheet
 
@@ -33,7 +34,12 @@ def claimed(
     knob = f"--{name}"
     if suffix == ".mp4":
         return shared(on_first(lambda: claim_video(path, knob=knob)))
-    return shared(on_first(lambda: OutputFile.claim(path, suffix=suffix, knob=knob)))
+
+    def claim() -> OutputFile:
+        target = OutputFile.claim(path, suffix=suffix, knob=knob)
+        return sparing(target, flags, "image_path", "last_image_path", knob=knob)
+
+    return shared(on_first(claim))
 
 
 class VideoWriter:

@@ -190,6 +190,10 @@ def test_first_frames_off_a_block_boundary(jobs, tmp_path, capsys):
         assert stream(jobs[job], tmp_path / "a.mp4", "--first_frames", str(clip), *flags) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "a.mp4").exists()
+    (tmp_path / "link.mp4").symlink_to(clip)
+    before = clip.read_bytes()
+    assert stream(jobs["student"], tmp_path / "link.mp4", "--first_frames", str(clip)) == 2
+    assert "link.mp4 is the file that --first_frames reads" in capsys.readouterr().err and clip.read_bytes() == before
 
 
 def test_an_unwritable_place_is_found_before_the_checkpoint_is_read(jobs, tmp_path, capsys):

@@ -207,6 +207,11 @@ def test_the_parser_refuses(command, flags, told, capsys, tmp_path):
         (I2V_RCM, ("--boundary", "900"), "--boundary 900 must be a time between 0 and 1"),
         (I2V_RCM, ("--image_path", "gone.png"), "no image file at gone.png"),
         (I2V_RCM, ("--image_path", "FOLDER/broken.png"), "cannot decode"),
+        (
+            I2V_RCM,
+            ("--image_path", "FOLDER/first.png", "--preview_grid", "FOLDER/first.png"),
+            "first.png is the file that --image_path reads",
+        ),
         (I2V_RCM, ("--adaptive_resolution",), "--size and --adaptive_resolution"),
         (RCM, ("--save_path", "a.avi"), "a.avi must end in .mp4"),
         (RCM, ("--save_path", "FOLDER/first.png/a.mp4"), "cannot write there: what is above it is no folder"),
