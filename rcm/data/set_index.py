@@ -107,7 +107,8 @@ class Record:
         found = parse_json(text, source=path)
         self.recorded: int = found["recorded"]
         self.facts = {row[0]: _Facts(*row) for row in found["shards"]}
-        if not all(facts.fit(before=at) for facts in self.facts.values()):
+        told = self.facts.values()
+        if type(self.recorded) is not int or not all(facts.fit(before=at) for facts in told):
             raise CheckpointError(f"{path} holds facts that are none")
 
     def read(self, at: int, length: int) -> bytes:

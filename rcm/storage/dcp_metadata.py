@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ def _parsed(path: Path) -> tuple[dict[str, Entry], list[str]]:
     tensors, others = {}, []
     for key, entry in listed.items():
         if not isinstance(key, str) or not isinstance(entry, Made):
-            raise CheckpointError(f"entry {key!r} is no record of a tensor")
+            raise CheckpointError(f"entry {short(key)} is no record of a tensor")
         if entry.kind == _BYTES:
             others.append(key)
         else:
@@ -203,13 +204,16 @@ def _place(key: str, place: Any) -> tuple[str, int, int]:
     start: Any = state.get("offset")
     length: Any = state.get("length")
     if isinstance(file, Made) and file.kind.startswith("pathlib."):
-        file = "/".join(map(str, file.arguments))
+        parts = file.arguments
+        file = "/".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not is_plain_name(file):
-        raise CheckpointError(f"the file of {key!r} is {file!r}, which is no name in the folder")
+        raise CheckpointError(
+            f"the file of {key!r} is {short(file)}, which is no name in the folder"
+        )
     if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (start, length)):
         raise CheckpointError(f"the place of {key!r} is impossible")
     if told := state.get("transform_descriptors"):
         raise CheckpointError(
-            f"{key!r} is stored transformed ({told!r}), which this reader does not undo"
+            f"{key!r} is stored transformed ({short(told)}), which this reader does not undo"
         )
     return file, start, length

@@ -22,7 +22,7 @@ _INSTRUCTIONS = (
     "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
     " NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT"
     " SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE"
-    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS"
+    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT"
     " GLOBAL STACK_GLOBAL BINPERSID"
 )
 """Those of plain values."""
@@ -101,12 +101,19 @@ class _Instructions(dict):
         )
 
 
+def _require_key(key: Any) -> None:
+    """Tuples in tuples, each twice, have hashes and texts that take forever."""
+    if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+        raise pickle.UnpicklingError("it has a key of nested tuples")
+
+
 # the one in Python: its memo is a dict, so a forged index takes no memory
 class _Reader(pickle._Unpickler):
     names: Collection[str]
     storages: Callable[[Any], Any] | None
     stack: list[Any]
     append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Named:
         full = f"{module}.{name}"
@@ -124,9 +131,23 @@ class _Reader(pickle._Unpickler):
         if not isinstance(kind, Named) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("it calls something that it does not name")
         if kind.name in _DICTS:
-            self.append(dict(*arguments[:1]))
+            pairs: list[Any] = list(*arguments[:1])
+            for key, _ in pairs:
+                _require_key(key)
+            self.append(dict(pairs))
         else:
             self.append(Made(kind.name, arguments))
+
+    def set_items(self) -> None:
+        entries = self.pop_mark()
+        for key in entries[::2]:
+            _require_key(key)
+        self.stack[-1].update(zip(entries[::2], entries[1::2], strict=True))
+
+    def set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _require_key(key)
+        self.stack[-1].update({key: value})
 
     def give_state(self) -> None:
         state, made = self.stack.pop(), self.stack[-1]
@@ -146,5 +167,7 @@ class _Reader(pickle._Unpickler):
             pickle.REDUCE[0]: make,
             pickle.NEWOBJ[0]: make,
             pickle.BUILD[0]: give_state,
+            pickle.SETITEM[0]: set_item,
+            pickle.SETITEMS[0]: set_items,
         }
     )

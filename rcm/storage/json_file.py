@@ -38,6 +38,8 @@ def read_object(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     cannot be opened or has more than `most_bytes`.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no file but a folder, a pipe or a device")
         if path.stat().st_size > most_bytes:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size} bytes, more than the {most_bytes} that such a"

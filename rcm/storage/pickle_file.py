@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -226,6 +227,8 @@ def _opened(
     bytes with their checksum, once.
     """
     held = bytearray(source) if isinstance(source, bytes) else source
+    if isinstance(held, Path) and held.exists() and not held.is_file():
+        raise CheckpointError("it is no file but a folder, a pipe or a device")
     with cast(
         BinaryIO,
         open(held, "rb") if isinstance(held, Path) else io.BufferedReader(Held(held)),
@@ -273,6 +276,7 @@ def _piece(pid: Any) -> Piece:
         or not isinstance(kind, Named)
         or kind.name not in _STORAGES
         or type(count) is not int
+        or not isinstance(key, str | int)
         or any(view)
     ):
         raise pickle.UnpicklingError("it refers to something that is no storage")
@@ -330,7 +334,7 @@ def _described(entry: Any) -> _View:
     possible = all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *size, *stride))
     if not possible or len(size) != len(stride):
         raise pickle.UnpicklingError(
-            f"it holds a tensor of impossible shape {size} and strides {stride}"
+            f"it holds a tensor of impossible shape {short(size)} and strides {short(stride)}"
         )
     return _View(piece, dtype, offset, size, stride)
 

@@ -129,7 +129,7 @@ def read_old_format(
 
     value = read_inert(file, names=names, storages=noted)
     places: dict[str, Place] = {}
-    for key in read_inert(file, names=()):
+    for key in map(_word, read_inert(file, names=())):
         piece, stated = pieces[key], file.read(8)
         length = piece.count * piece.dtype.itemsize
         places[key] = Place(file.tell(), length)
@@ -141,6 +141,12 @@ def read_old_format(
     if file.read(1):
         raise ValueError("there are bytes after its last storage")
     return value, places
+
+
+def _word(key: Any) -> str:
+    if not isinstance(key, str):
+        raise ValueError("it lists a storage whose key is no word")
+    return key
 
 
 def _bytes(file: BinaryIO, place: Place) -> bytes:

@@ -151,6 +151,8 @@ def _one_format(files: list[Path], *, end: str = "") -> list[Path]:
 
 
 def _open_file(path: Path) -> WeightFile:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file but a folder, a pipe or a device")
     if path.suffix == ".gguf":
         raise CheckpointError(
             f"{path} is a GGUF file, whose weights are quantised; use the bf16 or fp32 file of the"

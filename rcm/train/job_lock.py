@@ -94,7 +94,7 @@ def _lock(file: IO[str]) -> bool:
 def _holder(file: IO[str]) -> dict[str, Any]:
     """What the file says of its holder; empty for nothing readable."""
     file.seek(0)
-    with suppress(ValueError, OSError):
+    with suppress(ValueError, OSError, RecursionError):
         found = json.loads(file.read(10_000))
         return found if isinstance(found, dict) else {}
     return {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import functools
 import io
+import os
 import pickle
 import tarfile
 import zipfile
@@ -102,6 +103,9 @@ EXECUTION = {
     "dotted name": lambda folder: instructions(folder / "x.pt", "ctorch\nSize.__class__\n)R."),
 }
 
+DOUBLED = functools.reduce(lambda inner, _: (inner, inner), range(60), 1)
+"""A few hundred bytes in a pickle; 2^60 in its hash and its text."""
+
 LIES = {
     "storage larger than its bytes": ({"a": tensor(Storage(count=1 << 40), size=(1 << 40,))}, "should have"),
     "storage smaller than its bytes": ({"a": tensor(Storage(count=2), size=(2,))}, "should have"),
@@ -157,6 +161,18 @@ CONTAINERS = {
     "negated view": (saved({"a": torch.ones(2, dtype=torch.complex64).conj().imag}), "conjugated or negated view"),
     "old format, big-endian": (lambda f: replaced(old_format(f / "x.pt", {}), b"\x88s.", b"\x89s."), "not little-endian"),
     "old format, another version": (lambda f: replaced(old_format(f / "x.pt", {}), b"M\xe9\x03", b"M\xe8\x03"), "another version"),
+    "a key of tuples in tuples": (
+        lambda f: archive(f / "x.pt", b"\x80\x02}" + pickled(DOUBLED)[2:-1] + b"K\x01s."),
+        "a key of nested tuples",
+    ),
+    "the same in an ordered dict": (
+        lambda f: archive(f / "x.pt", {"a": Call("collections.OrderedDict", ([(DOUBLED, 1)],))}),
+        "a key of nested tuples",
+    ),
+    "the same as a storage's key": (lambda f: archive(f / "x.pt", {"a": tensor(Storage(key=DOUBLED))}), "no storage"),
+    "the same as a shape": (lambda f: archive(f / "x.pt", {"a": tensor(size=DOUBLED)}), "impossible shape"),
+    "the same as an old storage's key": (lambda f: old_format(f / "x.pt", {}, bomb=[DOUBLED], place=4), "key is no word"),
+    "a pipe": (lambda f: os.mkfifo(f / "x.pt") or f / "x.pt", "no file but a folder, a pipe"),
     "a flipped letter of a name": (
         lambda f: replaced(archive(f / "x.pt", {"name": tensor()}), b"name", b"nbme"),
         "data.pkl are not those of its checksum",

@@ -117,7 +117,17 @@ def holder(**changes: object) -> bytes:
     return json.dumps(told).encode()
 
 
-STALE = [holder(), holder(pid=2**22 + 1), holder(pid="x"), holder(host="elsewhere"), b"\xff\xfe", b"null", b"{", b"9" * 100_000]
+STALE = [
+    holder(),
+    holder(pid=2**22 + 1),
+    holder(pid="x"),
+    holder(host="elsewhere"),
+    b"\xff\xfe",
+    b"null",
+    b"{",
+    b"9" * 100_000,
+    b"[" * 10_000,
+]
 
 
 @each([lock_says(text) for text in STALE])
