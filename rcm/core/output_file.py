@@ -43,6 +43,9 @@ class OutputFile:
         text, named = str(given), f"{knob} {str(given)!r}" if knob else f"{str(given)!r}"
         if not text.strip() or "\0" in text:
             raise ConfigError(f"{named} is no name of a file")
+        if text.startswith("~/"):  # no shell expands it behind a '=' or in quotes
+            home = os.path.expanduser(text)
+            raise ConfigError(f"{named} would be in a folder called ~; write {home}")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -68,7 +68,14 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("", "is no name of a file"), (" ", "no name"), ("a\0b", "no name"), ("caf\udce9.mp4", "not UTF-8"), ("a.avi", r"must end in \.mp4")],
+    [
+        ("", "is no name of a file"),
+        (" ", "no name"),
+        ("~/a.mp4", r"a folder called ~; write /.*a\.mp4"),
+        ("a\0b", "no name"),
+        ("caf\udce9.mp4", "not UTF-8"),
+        ("a.avi", r"must end in \.mp4"),
+    ],
 )
 def test_names_that_are_none(tmp_path, name, told):
     with pytest.raises(ConfigError, match=f"--save_path .*{told}"):

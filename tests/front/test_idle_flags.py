@@ -23,7 +23,6 @@ PAIRS = {
     "bench memory --case x": "--case has no effect without key=value",
     "bench memory --predict --json x.json": "--json has no effect with --predict",
     "bench kv-codec --tiny --heads 3": "--heads has no effect with --tiny",
-    "bench fp8-attention --part stream --only x": "--only has no effect with --part stream",
     "bench vae --cold --frames 9": "--frames has no effect with --cold",
     "bench stream --parts c33 --chunks 9": "--chunks has no effect with --parts c33",
     "bench data --shards 9": "--shards has no effect without --index",
