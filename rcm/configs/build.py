@@ -17,12 +17,8 @@ from rcm.configs.build_samples import sample_observers
 from rcm.configs.compose import Run
 from rcm.configs.console import told
 from rcm.configs.continuity import continued_settings, shared_by_ranks
-from rcm.configs.convert import get_key
-from rcm.configs.dead_keys import typed_keys, unread_keys
-from rcm.configs.inputs import unread_files
 from rcm.configs.memory import require_here
 from rcm.configs.network import wan_config
-from rcm.configs.overrides import parse_overrides
 from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
@@ -107,7 +103,8 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     folder = job_folder(run)
     allow_tf32()
     if dims.rank == 0:
-        _warn_of_unread(run)
+        for sentence in run.unread:
+            logger.warning("{}", sentence)
     loader = together(lambda: build_loader(config, dims=dims, device=device))
     fingerprint, samples = loader.source.fingerprint(), len(loader.source)
     require_same(
@@ -251,19 +248,6 @@ def _begin_record(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
         discard(record)
     (folder / UNCHECKED).replace(record)
     return _sinks(run, folder, resumed_at=resumed_at)
-
-
-def _warn_of_unread(run: Run) -> None:
-    """Say which files are named, and which keys were typed, that this run reads nowhere."""
-    config = run.config
-    for key in unread_files(config):
-        logger.warning(
-            "{}={} is not read by this run (see `--dryrun` for its stage and networks)",
-            key,
-            get_key(config, key),
-        )
-    for sentence in unread_keys(config, typed_keys(parse_overrides(run.overrides))):
-        logger.warning("{}", sentence)
 
 
 def allow_tf32() -> None:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(overrides: Sequence[str], registry: str) -> int:
-    """Print the resolved config and what it still needs."""
+    """Print the resolved config, what it still needs, and what it has no use for."""
     ranks = os.environ.get("WORLD_SIZE", "")
     run = compose_run(
         overrides,
@@ -85,6 +85,8 @@ def _show(overrides: Sequence[str], registry: str) -> int:
     print(run.to_yaml(), end="")
     for lack in run.missing:
         print(f"# still missing: {lack}")
+    for idle in run.unread:
+        print(f"# {idle}")
     return 0
 
 

@@ -23,9 +23,9 @@ from rcm import __version__
 from rcm.configs import registry_distill
 from rcm.configs.checks import check, check_mesh
 from rcm.configs.convert import known_paths, plain, read, suggestions, unknown_key
-from rcm.configs.dead_keys import paths_of, refuse_switched_off, typed_keys
+from rcm.configs.dead_keys import paths_of, refuse_switched_off, typed_keys, unread_keys
 from rcm.configs.environment import EnvironmentUse, apply_environment
-from rcm.configs.inputs import missing_inputs
+from rcm.configs.inputs import missing_inputs, unread_files
 from rcm.configs.overrides import parse_overrides
 from rcm.configs.release_words import refusal
 from rcm.configs.schema import MODEL_VARIANTS, TrainConfig
@@ -48,6 +48,8 @@ class Run:
     environment  which variables decided a key, and which were overruled.
     mesh         (dp_replicate, dp_shard, cp) for the world size it was composed for.
     missing      files the run still needs (empty unless composed with `require_inputs=False`).
+    unread       sentences on files that are named, and keys that were typed, and that the run reads
+                 nowhere.
     """
 
     config: TrainConfig
@@ -57,6 +59,7 @@ class Run:
     environment: tuple[EnvironmentUse, ...]
     mesh: tuple[int, int, int]
     missing: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Everything as plain dicts and lists, for the run's folder and its checkpoints."""
@@ -106,7 +109,8 @@ def compose_run(
     missing = tuple(missing_inputs(config))
     if missing and require_inputs:
         raise ConfigError(f"{experiment or 'this run'} cannot start: {'; '.join(missing)}")
-    return Run(config, experiment, registry, tuple(overrides), environment, mesh, missing)
+    unread = (*unread_files(config), *unread_keys(config, typed))
+    return Run(config, experiment, registry, tuple(overrides), environment, mesh, missing, unread)
 
 
 def groups() -> list[str]:

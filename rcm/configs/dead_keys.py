@@ -21,14 +21,20 @@ from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 
 _ENCODER = ("text_encoder_path", "text_cache")
+_CHOSEN = {"pattern": (f"{M}.first_chunk_t", f"{M}.chunk_t")}
 _TOY_CODEC = ("temporal_stride", "spatial_stride", "gain", "boost", "centre")
 
 
 def typed_keys(parsed: Sequence[Override]) -> dict[str, None]:
-    """Every key that overrides give a value, those inside {a: 1, b: {c: 2}} among them, in
-    order.
+    """Every key that overrides give a value, those inside {a: 1, b: {c: 2}} and those of a chosen
+    pattern among them, in order.
     """
-    return {path: None for o in parsed for path in paths_of(o.key_or_group, o.value())}
+    told = (
+        path
+        for o in parsed
+        for path in (*paths_of(o.key_or_group, o.value()), *_CHOSEN.get(o.key_or_group, ()))
+    )
+    return dict.fromkeys(told)
 
 
 def paths_of(key: str, value: Any) -> list[str]:

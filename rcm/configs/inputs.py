@@ -63,11 +63,13 @@ def _unset(config: TrainConfig) -> Iterator[str]:
 
 
 def unread_files(config: TrainConfig) -> list[str]:
-    """Keys that name a file or folder which nothing in this run reads."""
+    """Keys that name a file or folder which nothing in this run reads: a sentence each."""
     model = config.model.config
     unread = [key for key in _TEACHERS if key not in model.checkpoints()]
     if "net_fake_score" not in networks(model):
         unread.append("fake_score_ckpt")
     if not model.guided:
         unread.append("neg_embed_path")
-    return [f"{M}.{key}" for key in unread if getattr(model, key, "")]
+    files = {f"{M}.{key}": getattr(model, key, "") for key in unread}
+    told = "is not read by the stage and networks of this run"
+    return [f"{key}={file} {told}" for key, file in files.items() if file]

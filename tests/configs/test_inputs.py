@@ -7,10 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rcm.configs.dead_keys import typed_keys, unread_keys
-from rcm.configs.inputs import unread_files
 from rcm.configs.memory import require_here
-from rcm.configs.overrides import parse_overrides
 from rcm.core.errors import ConfigError
 
 SMALL = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
@@ -66,9 +63,10 @@ def test_files_that_a_run_reads_nowhere_are_named(composed, tmp_path) -> None:
     there.touch()
     keys = ("causal_teacher_ckpt", "bidirectional_teacher_ckpt", "fake_score_ckpt", "neg_embed_path")
     given = [f"{M}{key}={there}" for key in keys]
-    assert unread_files(composed("experiment=toy_tf_c3-3", *given).config) == [M + key for key in keys]
-    assert unread_files(composed("experiment=toy_sf_dmd_c3-3", *given, M + "bidirectional_guidance=3").config) == [M + keys[0]]
-    assert not unread_files(composed("experiment=toy_tf_c3-3").config)
+    told = [f"{M}{key}={there} is not read by the stage and networks of this run" for key in keys]
+    assert list(composed("experiment=toy_tf_c3-3", *given).unread) == told
+    assert list(composed("experiment=toy_sf_dmd_c3-3", *given, M + "bidirectional_guidance=3").unread) == told[:1]
+    assert not composed("experiment=toy_tf_c3-3").unread
 
 
 TF, DMD, RCM, CUT = "toy_tf_c3-3", "toy_sf_dmd_2step_c3-3", "toy_rCM", "causal_wan2pt1_1pt3B_res480p_t2v_tf_c3-3"
@@ -161,6 +159,7 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
         ),
         (TF, ["model.config.shift3_backward=True"], ["model.config.shift3_backward=True is not read by stage tf"]),
         (TF, ["model.config.shift3_backward=True", "model.config.context_from_last_step=True"], []),
+        ("toy_bidirectional", ["pattern=c3-3"], [f"model.config.{key}=3 is not read" for key in ("first_chunk_t", "chunk_t")]),
         ("toy_bidirectional", ["model.config.chunk_t=3"], ["model.config.chunk_t=3 is not read by stage bidirectional"]),
         (TF, ["model.config.text_cache=x"], ["model.config.text_cache=x is not read by the toy text encoder"]),
         (TF, ["job.wandb_project=x"], ["job.wandb_project=x is not read by a run with job.wandb_mode=disabled"]),
@@ -172,7 +171,7 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
     ],
 )
 def test_keys_that_the_stage_does_not_read_are_told(composed, name: str, words: list[str], told: list[str]) -> None:
-    found = unread_keys(composed(f"experiment={name}", *words).config, typed_keys(parse_overrides(words)))
+    found = composed(f"experiment={name}", *words).unread
     assert len(found) == len(told) and all(mine.startswith(start) for mine, start in zip(found, told, strict=True)), found
 
 
