@@ -26,6 +26,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -305,9 +306,7 @@ async def _sample(server: ServedProcess, load: Load) -> None:
 
 def _quantiles(times: list[list[float]]) -> dict[str, float]:
     """Of all gaps of all clients."""
-    gaps = sorted(
-        1e3 * (b - a) for client in times for a, b in zip(client, client[1:], strict=False)
-    )
+    gaps = sorted(1e3 * (b - a) for client in times for a, b in pairwise(client))
     told = {
         f"p{round(100 * q)}": gaps[max(0, math.ceil(q * len(gaps)) - 1)] for q in (0.5, 0.95, 0.99)
     }

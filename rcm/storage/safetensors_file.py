@@ -118,7 +118,7 @@ def _parsed(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
                 " are read"
             )
         listed = parse_json(file.read(length), source="its header")
-    with safe_open(path, framework="np"):
+    with safe_open(path, framework="np"):  # the library's own checks of the header
         pass
     metadata = listed.pop("__metadata__", {})
     places = sorted(

@@ -16,7 +16,7 @@ import torch
 from loguru import logger
 
 from rcm.core.dual import guard_tangents
-from rcm.core.errors import ConfigError, NonFinite
+from rcm.core.errors import ConfigError, NonFinite, first_line
 from rcm.core.records import Record, within
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
@@ -257,7 +257,7 @@ class Trainer:
 
     def _observe(self, call: Callable[[Observer], object]) -> None:
         """Every observer is called whatever one of them raises, for others of them are collective;
-        the first problem is raised afterwards.
+        the first problem is raised afterwards, others beside it are logged.
         """
         problems = []
         with torch.no_grad():
@@ -266,6 +266,8 @@ class Trainer:
                     call(observer)
                 except Exception as error:
                     problems.append(error)
+        for other in problems[1:]:
+            logger.error("another observer failed, too: {}", first_line(other))
         if problems:
             raise problems[0]
 

@@ -212,17 +212,21 @@ def test_a_profile_of_a_run_that_ends_early(tmp_path: Path, warned: list[str], r
     assert any(f"trainer.profile_iter=2 skips all {ran} iterations" in line for line in warned) == told
 
 
-def test_one_observer_that_fails_keeps_none_waiting(tmp_path: Path) -> None:
-    """Others are collective: each is called, the checkpointer settles, then the run ends."""
+def test_one_observer_that_fails_keeps_none_waiting(tmp_path: Path, warned: list[str]) -> None:
+    """Others are collective: each is called, the checkpointer settles, then the run ends; of two
+    that fail, both are told.
+    """
 
     def full() -> None:
         raise OSError(28, "No space left on device", "kernels.json")
 
     called: list[str] = []
-    trainer = launch(tmp_path, max_iter=3, observers=[At(1, full), At(1, lambda: called.append("gather"))])
+    seen = [full, lambda: called.append("gather"), lambda: called[9]]
+    trainer = launch(tmp_path, max_iter=3, observers=[At(1, one) for one in seen])
     closed = SimpleNamespace(write=lambda *_: None, close=full)
     trainer.sinks, settle = (closed,), trainer.checkpointer.settle
     trainer.checkpointer.settle = lambda: (called.append("settle"), settle())[1]
     with pytest.raises(OSError, match="No space left"):
         trainer.run()
     assert called == ["gather", "settle"]
+    assert any("another observer failed, too: IndexError" in line for line in warned)
