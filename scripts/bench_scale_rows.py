@@ -107,6 +107,8 @@ _TWICE = ("trainer.grad_accum_iter=2",)
 _EACH = ("trainer.gradient_sync=each",)
 _HALF = ("optimizer.states=bfloat16",)
 _FP8 = (f"{M}.net.linear_precision=fp8",)
+_LORA = (f"{M}.lora.rank=64",)
+_GAN = (f"{M}.gan.loss_scale=0.1",)
 _KEEP_LAST = (f"{M}.net.sac_config.keep_last_blocks=1",)
 _IDLE = ("trainer.offload.idle_roles=True",)
 _LIVES = (*_EACH, *_IDLE, "trainer.offload.parameters=True")
@@ -184,6 +186,12 @@ ROWS = (
     Row("sf_dmd", "1.3B", "one", "small_roles", _ALL_SMALL),
     Row("sf_dmd_replayed", "1.3B", "one", "small_roles", _ALL_SMALL),
     Row("rcm", "1.3B", "one"),
+    Row("sf_dmd_replayed", "1.3B", "one", "lora", (*_ALL_SMALL, *_LORA)),
+    Row("sf_dmd_replayed", "1.3B", "one", "gan", (*_ALL_SMALL, *_GAN)),
+    # all roles are adapters on one base, so one card holds 14B
+    Row("tf_diffusion", "14B", "one", "lora", _LORA),
+    Row("tf_scm", "14B", "one", "lora", _LORA),
+    Row("rcm", "14B", "one", "lora", (*_LORA, MODE + "block_wise")),
     Row("tf_scm", "1.3B", "fsdp"),
     Row("tf_scm", "1.3B", "ulysses2"),
     Row("sf_dmd", "1.3B", "fsdp"),
