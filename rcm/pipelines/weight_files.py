@@ -31,9 +31,9 @@ def open_weights(path: str | Path) -> WeightFile:
     networks (naming them), a file that is truncated, damaged or of an unknown kind, a shard that is
     missing or disagrees with its index.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not str(path).strip() or not Path(path).is_dir():
         return open_container(path)
+    path = Path(path)
     inner = experts_at(path)
     if len(inner) > 1:
         named = " (high noise) and ".join(map(str, inner)) + " (low noise)"

@@ -13,7 +13,7 @@ def is_plain_name(name: object) -> bool:
     """Whether `name` is a plain entry of a folder on any system: no path, drive, "." or ".."."""
     return (
         isinstance(name, str)
-        and 0 < len(name) <= 255
+        and 0 < len(name.encode(errors="surrogatepass")) <= 255
         and name not in (".", "..")
         and not any(c in '/\\:"\0' or c < " " for c in name)
     )

@@ -351,7 +351,8 @@ def _require_inside(view: _View, *, length: int) -> None:
     elements, there = math.prod(view.size), length // view.dtype.itemsize
     steps = sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True))
     if elements > there or (elements and view.offset + steps >= there):
+        advice = ", an expanded view? save x.contiguous()" if 0 in view.stride else ""
         raise pickle.UnpicklingError(
             f"a tensor of shape {list(view.size)} reaches beyond the {there} elements of its"
-            " storage"
+            f" storage{advice}"
         )

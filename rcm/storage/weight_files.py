@@ -13,6 +13,7 @@ business. docs/reference/wan.md#files.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ CONFIGS = {"diffusion_pytorch_model": "config.json", "adapter_model": "adapter_c
 """Beginning of a published file's name -> the settings beside it. Files with other names may lie in
 a folder together.
 """
+_SHARD = re.compile(r".+-\d{5}-of-(\d{5})")
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -109,10 +111,12 @@ def open_container(path: str | Path, *, hint: str = "") -> WeightFile:
     """The tensors of one network in any container (see the module), none of them read yet.
 
     `hint` ends the errors for a path that does not exist and for a folder: where the file is
-    published, which flag names it. Raises `CheckpointError` for these, and for a file that is
-    truncated, damaged or of an unknown kind, and a shard that is missing or disagrees with its
-    index.
+    published, which flag names it. Raises `CheckpointError` for these, for a shard alone, and for a
+    file that is truncated, damaged or of an unknown kind, and a shard that is missing or disagrees
+    with its index.
     """
+    if not str(path).strip():  # and not this folder
+        raise CheckpointError("the path of the weights is empty; name a file or a folder")
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist" + (f"; {hint}" if hint else ""))
@@ -120,6 +124,11 @@ def open_container(path: str | Path, *, hint: str = "") -> WeightFile:
         return _open_folder(path, hint=hint)
     if path.name.endswith(INDEX):
         return _open_shards(path)
+    if (shard := _SHARD.fullmatch(path.stem)) and int(shard[1]) > 1:
+        raise CheckpointError(
+            f"{path} is one of {int(shard[1])} shards of a network; give its folder, or the"
+            f" *{INDEX} beside it"
+        )
     return _open_file(path)
 
 
@@ -199,16 +208,17 @@ def _open_shards(index: Path) -> WeightFile:
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index} has no weight_map; it is not an index of shards")
-    if outside := [name for name in where.values() if not is_plain_name(name)]:
-        raise CheckpointError(
-            f"{index} names the shard {outside[0]!r}, which is no file of its folder"
-        )
+    for name in where.values():
+        if not (is_plain_name(name) and name.endswith(SUFFIXES)):
+            raise CheckpointError(
+                f"{index} names the shard {name!r}, which is no file of weights in its folder"
+            )
     names = sorted(set(where.values()))
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{index.parent} lacks {len(absent)} of {len(names)} shards: {listed(absent)}; the"
-            " download is incomplete"
+            f"{index} names {len(names)} shards, of which {len(absent)} are not beside it:"
+            f" {listed(map(repr, absent))}; the download is incomplete, or the index is damaged"
         )
     shards = {name: _open_file(index.parent / name) for name in names}
     missing = sorted(key for key, name in where.items() if key not in shards[name])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rcm.core.errors import CheckpointError
+from rcm.pipelines.weight_files import open_weights
 from rcm.storage import weight_files
 from rcm.storage.weight_files import open_container
 from tests.support.weight_folders import own, small_state, write_shards
@@ -56,6 +57,13 @@ def test_tensors_arrive_as_they_were_written(state, tmp_path, name):
 def test_old_torch_files_are_read_with_a_warning(state, tmp_path, warned):
     open_container(write(tmp_path / "old.pt", state))
     assert any("read into memory as a whole" in message for message in warned)
+
+
+def test_an_expanded_view_is_told_as_what_it_is(tmp_path):
+    """torch.save writes it, with fewer numbers than its shape has; the file is whole."""
+    torch.save({"a": torch.ones(1).expand(128)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"beyond the 1 elements of its storage, an expanded view\? save x\.contiguous\(\)"):
+        open_container(tmp_path / "x.pt")
 
 
 def test_pickled_parameters_carry_no_graph(tmp_path):
@@ -186,7 +194,9 @@ def test_names_outside_ascii(state, tmp_path, stem):
 def test_shards_must_be_complete(state, tmp_path):
     folder = write_shards(tmp_path / "a", state)
     (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="lacks 1 of 3 shards: diffusion_pytorch_model-00002-of-00003.*download is incomplete"):
+    with pytest.raises(
+        CheckpointError, match=r"index\.json names 3 shards, of which 1 .*00002-of-00003.*download is incomplete, or the index"
+    ):
         open_container(folder)
     folder = write_shards(tmp_path / "b", state)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
@@ -210,6 +220,34 @@ def test_shards_must_be_complete(state, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=f"{shard.name} cannot be read"):
         open_container(shard.parent)
+
+
+def test_a_damaged_index_is_named_and_not_its_shards(state, tmp_path):
+    """Wherever the byte is: what is there is the network, or it is the index that is blamed."""
+    folder = write_shards(tmp_path / "a", state)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    whole = index.read_bytes()
+    for at in range(0, len(whole), 5):
+        index.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 7)]) + whole[at + 1 :])
+        told = str(index)
+        try:
+            assert set(open_container(folder)) == set(state)
+        except CheckpointError as error:
+            told = str(error)
+        assert told.startswith(str(index)), at
+
+
+def test_a_shard_alone_and_an_empty_path_are_no_network(state, tmp_path, monkeypatch):
+    folder = write_shards(tmp_path / "a", state, shards=2)
+    with pytest.raises(CheckpointError, match=r"00002\.safetensors is one of 2 shards of a network; give its folder"):
+        open_container(folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    assert len(open_container(write_shards(tmp_path / "b", state, shards=1) / "diffusion_pytorch_model-00001-of-00001.safetensors"))
+    monkeypatch.chdir(folder)
+    for empty in ("", " "):
+        for opened in (open_container, open_weights):
+            with pytest.raises(CheckpointError, match="path of the weights is empty"):
+                opened(empty)
+    assert len(open_container(".")) == len(state)
 
 
 def test_folders_with_one_network(state, tmp_path):
