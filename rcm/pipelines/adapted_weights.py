@@ -68,6 +68,8 @@ class MergedWeights(LazyWeights):
             }
         except CheckpointError as error:
             raise CheckpointError(f"LoRA {lora.path}: {error}") from error
+        pairs = self.pairs.values()
+        self._file.require_floats(key for pair in pairs for key in (pair.down, pair.up))
 
     def __getitem__(self, name: str) -> Tensor:
         weight, pair = self.base[name], self.pairs.get(name)

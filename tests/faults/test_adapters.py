@@ -65,6 +65,13 @@ def adapter(
     return path
 
 
+def retyped(folder: Path, change: Callable[[Tensor], Tensor] | None) -> Path:
+    """A file of factors, each changed; None: without any."""
+    path = folder / "x.safetensors"
+    save_file({key: change(value).contiguous() for key, value in factors().items()} if change else {}, path)
+    return path
+
+
 def merged(path: Path, **options: Any) -> MergedWeights:
     return MergedWeights(network_weights(open_weights(_base()[0])), LoRA(path, **options))
 
@@ -114,6 +121,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "alpha of 10^400": (lambda f: adapter(f, {**PEFT, "lora_alpha": 10**400}), "expected a finite number"),
     "infinite alpha": (lambda f: adapter(f, metadata={"ss_network_alpha": "inf"}), "expected a finite number"),
     "NaN in an entry": (lambda f: adapter(f, entries={f"base_model.model.{Q}.alpha": torch.tensor(math.nan)}), "alpha is nan"),
+    "complex alpha": (
+        lambda f: adapter(f, entries={f"generator_lora.base_model.model.{Q}.alpha": torch.tensor(1j)}, name="x.pt"),
+        "expected one number",
+    ),
+    "factors of integers": (
+        lambda f: retyped(f, lambda x: x.to(torch.int8)),
+        r"x.safetensors holds weights that are not .*lora_B.weight \(int8\)",
+    ),
+    "factors of eight bits": (
+        lambda f: retyped(f, lambda x: x.to(torch.float8_e4m3fn)),
+        r"holds weights that are not .* \(float8_e4m3fn\)",
+    ),
+    "factors of no rank": (lambda f: retyped(f, lambda x: x[:0] if len(x) == RANK else x[:, :0]), r"do not fit: down \(0, 128\)"),
+    "no factors": (lambda f: retyped(f, None), "no factor of a low-rank update, so nothing would be merged"),
     "alpha of two numbers": (lambda f: adapter(f, entries={f"base_model.model.{Q}.alpha": torch.ones(2)}), "expected one number"),
     "another rank": (lambda f: adapter(f, {**PEFT, "r": 8}), "state rank 8 for .*, the factors have 4"),
     "another rank in the metadata": (lambda f: adapter(f, metadata={"ss_network_dim": "16"}), "state rank 16"),

@@ -55,7 +55,7 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
 
     A file with several adapters gives that of the generator, or the averaged one of a training run.
     Raises `CheckpointError` for an entry of the adapter that is none of these, a factor without its
-    partner, or ranks that disagree.
+    partner, ranks that disagree, or no factor at all.
     """
     keys = [key for key in headers if not key.startswith(RUN_HEAD)]
     of_run = all(key.startswith(RUN_COPIES) for key in keys)
@@ -78,6 +78,8 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
                 f"{key!r} and {found[name][kind]!r} are both the {kind} of {name}; give one adapter"
             )
         found[name][kind] = key
+    if not found:
+        raise CheckpointError("it holds no factor of a low-rank update, so nothing would be merged")
     pairs = {}
     for name, parts in found.items():
         if "down" not in parts or "up" not in parts:
@@ -86,14 +88,15 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
                 " and up"
             )
         down, up = headers[parts["down"]].shape, headers[parts["up"]].shape
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
             raise CheckpointError(
                 f"the factors of {name} do not fit: down {tuple(down)}, up {tuple(up)}"
             )
-        if "alpha" in parts and headers[parts["alpha"]].numel() != 1:
+        alpha = headers[parts["alpha"]] if "alpha" in parts else None
+        if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
             raise CheckpointError(
-                f"{parts['alpha']!r} has shape {tuple(headers[parts['alpha']].shape)}, expected one"
-                " number"
+                f"{parts['alpha']!r} has shape {tuple(alpha.shape)} and dtype {alpha.dtype},"
+                " expected one number"
             )
         module = _module(_part(parts["down"])[1])
         pairs[name] = LoRAPair(parts["down"], parts["up"], parts.get("alpha"), module)
