@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from rcm.core.errors import ConfigError
 from rcm.data.loader import Loader
 from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_latents import ToyLatents
@@ -26,3 +28,8 @@ def test_it_feeds_a_loader_and_names_itself():
     source = ToyLatents(*parts, num=16)
     assert next(Loader(source, batch_size=8)).batch_size == 8
     assert source.fingerprint() != ToyLatents(*parts, num=16, seed=1).fingerprint()
+
+
+def test_more_videos_than_memory_are_refused_before_they_are_made():
+    with pytest.raises(ConfigError, match=r"1000000000000 videos .* take \d+ GiB .* has \d+; lower dataloader_train.num_videos"):
+        ToyLatents(ToyWorld(), ToyCodec(), ToyTextEncoder(), num=10**12)
