@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rcm.core.errors import CheckpointError
-from rcm.storage.state_dicts import check_keys, renamed, shapes_of
+from rcm.storage.state_dicts import check_keys, listed, renamed, shapes_of
 from rcm.storage.weight_files import open_container
 
 WAN_VAE_FILE = "assets/checkpoints/Wan2.1_VAE.pth"
@@ -91,6 +91,9 @@ def load_weights(
     file.require_tensors_only()
     names = original_names(file, expected=expected)
     shapes = {names[theirs]: shape for theirs, shape in shapes_of(file).items()}
+    if len(shapes) < len(names):
+        twice = listed(sorted(expected.keys() & names.keys()))
+        raise CheckpointError(f"{file.path} holds tensors under two names: {twice}")
     check_keys(str(file.path), shapes=shapes, expected=expected, network="the Wan2.1 autoencoder")
     file.require_floats(file)
     # copies: a mapped view would change with the file

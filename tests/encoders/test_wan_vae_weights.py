@@ -111,6 +111,8 @@ def spoiled(state, how):
         state[key] = torch.zeros(3, dtype=torch.int8)
     elif how == "no tensor":
         state["epoch"] = 3
+    elif how == "both namings":
+        return to_diffusers(state) | {key: state[key] + 1}
     return state
 
 
@@ -121,6 +123,7 @@ def spoiled(state, how):
         ("extra", r"does not fit the Wan2.1 autoencoder: 1 unexpected key\(s\): decoder\.head\.9\.bias"),
         ("shape", r"decoder\.head\.2\.bias has shape \(4,\), expected \(3,\)"),
         ("no tensor", r"not tensors: epoch"),
+        ("both namings", r"holds tensors under two names: decoder\.head\.2\.bias"),
         ("quantised", r"not float64, .*: decoder\.head\.2\.bias \(int8\)"),
     ],
 )
