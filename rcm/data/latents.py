@@ -134,6 +134,8 @@ class LatentShards:
     ) -> None:
         if isinstance(tar_path_pattern, str):
             tar_path_pattern = expand_pattern(tar_path_pattern)
+        if num_latent_frames is not None and num_latent_frames < 1:
+            raise ConfigError(f"num_latent_frames={num_latent_frames} must be at least 1")
         self.shards = open_shards(tar_path_pattern)
         self._first = np.cumsum([0] + [len(shard) for shard in self.shards])
         self._fingerprint = ""

@@ -52,8 +52,8 @@ def stored_tensor(
     shard: Shard, sample: int, field: int, data: bytes | bytearray | None = None
 ) -> torch.Tensor:
     """Member `field` of a sample (`data`: its bytes, where they were read already), in the dtype it
-    has. `ShardError`, naming shard and member, for anything but one dense tensor of floating-point
-    numbers that float32 holds as finite ones.
+    has. `ShardError`, naming shard and member, for anything but one dense tensor of at least one
+    floating-point number, all of which float32 holds as finite ones.
     """
     name = f"shard {shard.path}: member {shard.member(sample, field)}"
     try:
@@ -64,6 +64,8 @@ def stored_tensor(
         raise ShardError(
             f"{name} holds a tensor of {value.dtype}, expected one of floating-point numbers"
         )
+    if not value.numel():
+        raise ShardError(f"{name} has shape {list(value.shape)}, which holds nothing")
     if not _all_finite(value):
         raise ShardError(f"{name} holds NaN or infinite values")
     return value
@@ -75,7 +77,7 @@ def _all_finite(value: torch.Tensor) -> bool:
     """
     quick = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
     numbers = value if quick else value.float()
-    return not numbers.numel() or bool(torch.stack(torch.aminmax(numbers)).isfinite().all())
+    return bool(torch.stack(torch.aminmax(numbers)).isfinite().all())
 
 
 def stored_prompt(shard: Shard, sample: int, data: bytes | bytearray | None = None) -> str:

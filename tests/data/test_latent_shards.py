@@ -159,6 +159,9 @@ def test_shapes_that_contradict_the_settings(folder):
         shards(folder, latent_channels=16).fetch([2])
     with pytest.raises(ConfigError, match=r"has 3 latent frames, fewer than state_t=4"):
         shards(folder, num_latent_frames=4).fetch([0])
+    for frames in (0, -1):  # which cut frames from the end
+        with pytest.raises(ConfigError, match=f"num_latent_frames={frames} must be at least 1"):
+            shards(folder, num_latent_frames=frames)
     for text_shape in ((4, 6), (8, 7)):
         with pytest.raises(ConfigError, match=r"000000001\.embed\.pt has shape \[5, 6\], expected \[at most \d, \d\]"):
             shards(folder, text_shape=text_shape).fetch([1])
@@ -262,6 +265,7 @@ def test_a_doubled_member_is_named(folder):
         (tensor_bytes({"x": torch.zeros(1)}), "holds a dict"),
         (tensor_bytes(torch.zeros(4, 3, 2, 2, dtype=torch.int64)), "holds a tensor of torch.int64"),
         (tensor_bytes(torch.full((4, 3, 2, 2), float("nan"))), "NaN"),
+        (tensor_bytes(torch.zeros(4, 0, 2, 2)), r"has shape \[4, 0, 2, 2\], which holds nothing"),
     ],
 )
 def test_a_damaged_member_is_named(folder, content, word):
