@@ -46,9 +46,10 @@ class TokenLayout:
                 f"output frames {self.output} must be a non-empty range within the"
                 f" {self.num_frames} packed frames"
             )
-        if self.chunks and sum(self.chunks) != self.num_frames:
+        if self.chunks and (min(self.chunks) < 1 or sum(self.chunks) != self.num_frames):
             raise ConfigError(
-                f"chunks {self.chunks} must add up to the {self.num_frames} packed frames"
+                f"chunks {self.chunks} must be of at least one frame each and add up to the"
+                f" {self.num_frames} packed frames"
             )
         queries, keys = self.num_tokens, self.num_tokens + self.context_tokens
         if (self.mask.q_len, self.mask.kv_len) != (queries, keys):

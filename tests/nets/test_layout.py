@@ -43,6 +43,7 @@ def test_contradictions_raise():
         "covers 12 queries x 12 keys": (GRID, (0, 1, 2), full, (0, 3)),
         "output frames": (GRID, (0, 1), full, (1, 1)),
         r"chunks \(1, 2\)": (GRID, (0, 1), full, (0, 2), 0, (1, 2)),
+        r"chunks \(-1, 3\) must be of at least one frame": (GRID, (0, 1), full, (0, 2), 0, (-1, 3)),
         "positive grid": ((0, 3), (0, 1), full, (0, 2)),
     }.items():
         with pytest.raises(ConfigError, match=message):

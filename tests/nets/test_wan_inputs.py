@@ -50,6 +50,20 @@ def test_inputs_that_would_be_broadcast_or_cast(net, x, cond, message):
         velocity(net, x, cond)
 
 
+@pytest.mark.parametrize(
+    ("net", "cond", "message"),
+    [
+        (PLAIN, Condition(TEXT.text.repeat(1, 2, 1)), r"text must be \[B, <= 8, 24\]"),
+        (PLAIN, Condition(TEXT.text[..., 1:]), r"text must be \[B, <= 8, 24\]"),
+        (IMAGES, Condition(IMAGE.text), "image tokens are missing"),
+    ],
+)
+def test_conditions_that_cannot_be_prepared(net, cond, message):
+    """Of a longer text the end was cut off."""
+    with pytest.raises(ValueError, match=message):
+        Denoiser(net, FP64).prepare(cond)
+
+
 @torch.no_grad()
 def test_a_cache_of_another_network_batch_or_dtype():
     """The first one was committed with a layer that nothing had written."""

@@ -129,6 +129,8 @@ def test_concat_channels_follow_the_frames():
     torch.testing.assert_close(net(x[:, :, :1], t[:, :1], cond, chunk), net(x[:, :, :1], t[:, :1], own, chunk), rtol=0, atol=0)
     with pytest.raises(ValueError, match="concat has 2 frames"):
         net(x, t, replace(cond, concat=extra[:, :, :2]), layout)
+    with pytest.raises(ValueError, match="needs position -1"):
+        net(x[:, :, :1], t[:, :1], cond, replace(chunk, frame_index=(-1,)))
 
 
 @torch.no_grad()

@@ -64,10 +64,7 @@ def _check_condition(config: WanConfig, x: Tensor, cond: Condition) -> None:
         raise ValueError(
             f"condition has batch {cond.batch}, x has {batch}; use cond.expand({batch})"
         )
-    if text.dim() != 3 or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
-        raise ValueError(
-            f"text must be [B, <= {config.text_len}, {config.text_dim}], got {tuple(text.shape)}"
-        )
+    check_embedded(config, cond)
     # what has one row would serve all samples unseen
     if concat is not None and (
         concat.dim() != 5 or (len(concat), *concat.shape[3:]) != (batch, *x.shape[3:])
@@ -75,6 +72,25 @@ def _check_condition(config: WanConfig, x: Tensor, cond: Condition) -> None:
         raise ValueError(
             f"concat must be [{batch}, C, T, {x.shape[3]}, {x.shape[4]}] beside x of shape"
             f" {tuple(x.shape)}, got {tuple(concat.shape)}"
+        )
+    for name, given in (("text", text), ("concat", concat), ("image", image)):
+        if given is not None and given.dtype != x.dtype:
+            raise ValueError(f"{name} is {given.dtype}, x {x.dtype}; cast both alike")
+    if cond.prepared is not None:
+        rows, blocks = cond.prepared[0].text[0].shape[0], len(cond.prepared)
+        if (rows, blocks) != (batch, config.num_layers):
+            raise ValueError(
+                f"the condition was prepared for {rows} samples by a network of {blocks} blocks,"
+                f" x has {batch}, this network {config.num_layers}; prepare() it with this one"
+            )
+
+
+def check_embedded(config: WanConfig, cond: Condition) -> None:
+    """Raise `ValueError` for text or image tokens that are not of the network's sizes."""
+    batch, text, image = cond.batch, cond.text, cond.image
+    if text.dim() != 3 or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
+        raise ValueError(
+            f"text must be [B, <= {config.text_len}, {config.text_dim}], got {tuple(text.shape)}"
         )
     if (image is not None) != config.image_branch:
         raise ValueError(
@@ -92,16 +108,6 @@ def _check_condition(config: WanConfig, x: Tensor, cond: Condition) -> None:
             f"net.image_positions={config.image_positions}, but {image.shape[1]} image tokens are"
             " given"
         )
-    for name, given in (("text", text), ("concat", concat), ("image", image)):
-        if given is not None and given.dtype != x.dtype:
-            raise ValueError(f"{name} is {given.dtype}, x {x.dtype}; cast both alike")
-    if cond.prepared is not None:
-        rows, blocks = cond.prepared[0].text[0].shape[0], len(cond.prepared)
-        if (rows, blocks) != (batch, config.num_layers):
-            raise ValueError(
-                f"the condition was prepared for {rows} samples by a network of {blocks} blocks,"
-                f" x has {batch}, this network {config.num_layers}; prepare() it with this one"
-            )
 
 
 def check_cache(config: WanConfig, cache: CacheView) -> None:
@@ -124,10 +130,10 @@ def concat_frames(concat: Tensor, layout: TokenLayout) -> Tensor:
     """
     if concat.shape[2] == layout.num_frames:
         return concat
-    if max(layout.frame_index) >= concat.shape[2]:
+    if outside := [i for i in layout.frame_index if not 0 <= i < concat.shape[2]]:
         raise ValueError(
-            f"concat has {concat.shape[2]} frames, the layout needs position"
-            f" {max(layout.frame_index)}; give one per input frame, or the whole video"
+            f"concat has {concat.shape[2]} frames, the layout needs position {outside[-1]}; give"
+            " one per input frame, or the whole video"
         )
     runs: list[list[int]] = []
     for position in layout.frame_index:

@@ -29,7 +29,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
 from rcm.nets.wan.block import ContextKV, ContextTokens, Modulation, WanBlock
 from rcm.nets.wan.config import WanConfig
-from rcm.nets.wan.inputs import check_cache, check_inputs, concat_frames
+from rcm.nets.wan.inputs import check_cache, check_embedded, check_inputs, concat_frames
 from rcm.nets.wan.two_times import SpanEmbedding
 
 IMAGE_NORM_EPS = 1e-5
@@ -199,7 +199,10 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def prepare(self, cond: Condition) -> Condition:
-        """`cond` with cross-attention keys and values, for gradient-free passes of this net."""
+        """`cond` with cross-attention keys and values, for gradient-free passes of this net.
+        `ValueError` for one that is not of its sizes.
+        """
+        check_embedded(self.config, cond)
         tokens = self._embed(cond)
         made = (cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks)
         return replace(cond, prepared=tuple(made))
