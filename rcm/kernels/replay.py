@@ -78,9 +78,9 @@ class Tape:
 
 
 @contextmanager
-def keeping() -> Iterator[None]:
-    """Within, `kept` uses the current tape."""
-    token = _keeping.set(True)
+def keeping(on: bool = True) -> Iterator[None]:
+    """Within, `kept` uses the current tape, or, not `on`, does not."""
+    token = _keeping.set(on)
     try:
         yield
     finally:

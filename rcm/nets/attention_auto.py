@@ -36,11 +36,9 @@ PERSISTENT_KEYS = 1500
 """Keys from which a captured dense call is faster by the persistent kernel than by cuDNN; fewer
 were not measured.
 """
-PACKAGES: tuple[type[Flash3 | Flash4], ...] = (Flash3, Flash4)
-"""What auto may take for long dense calls where it is installed, the first of them that works."""
 LONG = 32_760
-"""Queries and keys from which FlashAttention-3 and -4 serve a dense call where one of them is
-installed; fewer were not measured.
+"""Queries and keys from which FlashAttention-3 and -4 serve a call where one of them is installed;
+fewer were not measured.
 """
 
 
@@ -83,9 +81,30 @@ class Fused:
         )
 
 
+class MaskedFlash4(Flash4):
+    """This package's masked attention whose gradient is FlashAttention-4's, rectangle by
+    rectangle.
+    """
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
+        """See `Package`."""
+        return masked_attention(
+            q, k, v, mask=mask, scale=scale, forward="triton", backward="flash4"
+        )
+
+
+DENSE: tuple[type[Flash3 | Flash4], ...] = (Flash3, Flash4)
+"""What auto may take for long dense calls where it is installed, the first of them that works."""
+MASKED: tuple[type[Flash3 | Flash4], ...] = (MaskedFlash4,)
+"""The same for long masked calls with gradient."""
+
+
 def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
     """What serves this call best, as measured: "sdpa", "matrix" (SDPA with a bool matrix),
-    "triton", "triton + cudnn", "triton + flash".
+    "triton", "triton + cudnn", "triton + flash", or, where it is installed and the call is long,
+    "triton + flash4".
 
     One H200, torch 2.11, 12 heads of 128, bf16, milliseconds (docs/performance_log.md):
 
@@ -126,6 +145,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
         return "sdpa"
     if not gradient:
         return "triton"
+    if _is_long(q, k, v) and _package(MASKED, q, k, v) is not None:
+        return "triton + flash4"
     usable = [name for name in RECTANGLES if rectangle_obstacle(name, q, v, mask=mask) is None]
     return f"triton + {usable[0]}" if usable else "sdpa"
 
@@ -142,7 +163,9 @@ def choose_dense(q: Tensor, k: Tensor, v: Tensor) -> str:
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     if not torch.cuda.is_current_stream_capturing():
-        package = _long_package(q, k, v) if _is_long(q, k, v) else None
+        if not _is_long(q, k, v) or replay.is_keeping():  # which sees torch's operators alone
+            return "sdpa"
+        package = _package(DENSE, q, k, v)
         return package.name if package is not None else "sdpa"
     if wants_gradient(q, k, v) or torch.cuda.get_device_capability(q.device) != (9, 0):
         return "sdpa"
@@ -152,33 +175,35 @@ def choose_dense(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _is_long(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the measurement of the packages covers this call. Compiled code, runs that must
-    repeat bit by bit and recomputation that keeps attention stay with torch's own operators.
+    """Whether the measurement of the packages covers this call. Compiled code and runs that must
+    repeat bit by bit stay with torch's own operators.
     """
     if torch.compiler.is_compiling() or min(q.shape[1], k.shape[1]) < LONG:
         return False
     if q.dtype != torch.bfloat16 or not q.shape[3] == v.shape[3] == 128:
         return False
-    if torch.are_deterministic_algorithms_enabled() or replay.is_keeping():
+    if torch.are_deterministic_algorithms_enabled():
         return False
     return torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 Kind = tuple[str, int, bool]
 """Name of a package, heads, and whether a gradient is wanted."""
+_Package = type[Flash3 | Flash4]
 _Long = Flash3 | Flash4 | None
-_chosen: dict[tuple[int, bool, torch.device], _Long] = {}
+_chosen: dict[tuple[int, bool, torch.device, tuple[_Package, ...]], _Long] = {}
 _left_out: set[Kind] = set()
 
 
-def _long_package(q: Tensor, k: Tensor, v: Tensor) -> _Long:
-    """The first of `PACKAGES` that is installed, loads and passes its trial for calls of this kind;
-    None if there is none. Decided at the first call of a kind, for as long as the process lives:
-    one that does not work is warned of once and not asked again, one that does is not replaced.
+def _package(candidates: tuple[_Package, ...], q: Tensor, k: Tensor, v: Tensor) -> _Long:
+    """The first of the candidates that is installed, loads and passes its trial for calls of this
+    kind; None if there is none. Decided at the first call of a kind, for as long as the process
+    lives: one that does not work is warned of once and not asked again, one that does is not
+    replaced.
     """
-    key = (q.shape[2], wants_gradient(q, k, v), q.device)
+    key = (q.shape[2], wants_gradient(q, k, v), q.device, candidates)
     if key not in _chosen:
-        working = (package for package in PACKAGES if package.name not in _unwanted())
+        working = (package for package in candidates if package.name not in _unwanted())
         tried = (_tried(package, q, k, v) for package in working)
         _chosen[key] = next((backend for backend in tried if backend is not None), None)
     return _chosen[key]
@@ -219,7 +244,7 @@ def leave_out(kinds: Iterable[Kind]) -> None:
 def _unwanted() -> list[str]:
     """Back ends that the environment leaves out; `ConfigError` for names of no package."""
     names = os.environ.get(WITHOUT_KEY, "").replace(",", " ").split()
-    known = [package.name for package in PACKAGES]
+    known = [package.name for package in DENSE]
     if wrong := [name for name in names if name not in known]:
         raise ConfigError(
             f"environment variable {WITHOUT_KEY} names {', '.join(wrong)}, which auto never chooses"
@@ -264,7 +289,7 @@ class Auto:
         if mask is None or mask.is_full:
             if (choice := choose_dense(q, k, v)) == "sdpa":
                 return self._sdpa(q, k, v, mask=None, scale=scale)
-            if choice in (Flash3.name, Flash4.name) and (package := _long_package(q, k, v)):
+            if choice in (Flash3.name, Flash4.name) and (package := _package(DENSE, q, k, v)):
                 self.decisions["dense, long"] = choice
                 return package(q, k, v, mask=None, scale=scale)
             self.decisions["dense, captured"] = choice
@@ -287,5 +312,7 @@ def _masked(auto: Auto, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: 
         return auto._sdpa.with_matrix(q, k, v, mask=mask, scale=scale)
     if choice == "sdpa":
         return auto._sdpa(q, k, v, mask=mask, scale=scale)
+    if choice == "triton + flash4" and (package := _package(MASKED, q, k, v)):
+        return package(q, k, v, mask=mask, scale=scale)
     backward: Backward = next((name for name in RECTANGLES if choice.endswith(name)), "cudnn")
     return masked_attention(q, k, v, mask=mask, scale=scale, forward="triton", backward=backward)

@@ -12,7 +12,8 @@ from torch import Tensor
 from rcm.core.dual import in_dual_level
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import MaskSpec
-from rcm.nets.attention_packages import FLASH4_HINT, failed, require_package
+from rcm.nets.attention_dense import wants_gradient
+from rcm.nets.attention_packages import FLASH4_HINT, NO_FAILURE, failed, require_package
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -47,7 +48,7 @@ class Flex:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if not q.is_cuda and wants_gradient(q, k, v):
             raise ConfigError(
                 f"attention backend '{self.name}' has no gradient on {q.device.type}: torch's"
                 " FlexAttention computes only the forward pass there; choose attention_backend /"
@@ -65,7 +66,7 @@ class Flex:
         try:
             return _compiled()(*heads_first, block_mask=blocks, **options).transpose(1, 2)
         except Exception as error:
-            if self.kernel != "flash" or isinstance(error, torch.OutOfMemoryError):
+            if self.kernel != "flash" or isinstance(error, NO_FAILURE):
                 raise
             raise failed(self.name, "flash_attn.cute", q, k, error) from error
 

@@ -21,6 +21,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
 from rcm.core.errors import ConfigError, first_line
 from rcm.kernels.masks import Full, MaskSpec
@@ -32,6 +33,10 @@ CHOOSE = (
 )
 
 
+NO_FAILURE = (ConfigError, torch.OutOfMemoryError, _StopRecomputationError)
+"""What passes through a package's call as it is; by the last torch's recomputation leaves a forward
+pass as soon as it has what was saved.
+"""
 WITHOUT_KEY = "RCM_ATTENTION_WITHOUT"
 """Environment: back ends that auto does not choose, such as "flash3" or "flash3,flash4"."""
 FLASH4_HINT = "pip install --pre 'flash-attn-4[cu13]' (needs compute capability 9.0 or higher)"
@@ -103,7 +108,7 @@ class Package(ABC):
             raise ConfigError(problem)
         try:
             return self.attend(q, k, v, mask=mask, scale=scale)
-        except (ConfigError, torch.OutOfMemoryError):
+        except NO_FAILURE:
             raise
         except Exception as error:
             raise failed(self.name, self.module, q, k, error) from error

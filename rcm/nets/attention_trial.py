@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rcm.core.errors import ConfigError, first_line
+from rcm.kernels.replay import keeping
 from rcm.nets.attention_dense import DenseAttention, Reference
 
 TOKENS = 128
@@ -76,6 +77,7 @@ def trial(
 def _unseen(device: torch.device) -> Iterator[None]:
     """Within, calls on `device` are as at the start of a program."""
     with (
+        keeping(False),
         torch.inference_mode(False),
         torch.autocast(device.type, enabled=False),
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),

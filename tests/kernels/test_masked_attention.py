@@ -4,6 +4,8 @@ through one dense softmax.
 
 from __future__ import annotations
 
+import sys
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -14,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels import replay
+from rcm.kernels.flash_jvp.reference import reference_jvp
+from rcm.kernels.flash_jvp.validation import Problem
 from rcm.kernels.masked_attention import backward, budget, dense, masked_attention
+from rcm.kernels.masked_attention.rectangles import combs
 from rcm.kernels.masks import BlockCausal, Full, TeacherForcing
 from tests.support import mutants
 from tests.support.attention_oracle import dense_attention, random_inputs, relative_error
@@ -126,12 +131,33 @@ def test_compilers_see_one_opaque_call():
     assert len(graphs) == 2 and all(len(graph.graph.nodes) < 8 for graph in graphs), "the call itself must not be traced"
 
 
+def test_flash_attention_4_is_handed_the_rectangles(monkeypatch):
+    """A stand-in with the signature of 4.0.0b36, which takes rows whose log-sum-exp lies dense."""
+    dense_calls = []
+
+    def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False):
+        assert lse.is_contiguous() and not causal and all(x.stride(-1) == 1 for x in (q, k, v, out, dout))
+        dense_calls.append((q.shape[:2], k.shape[1]))
+        return dense.eager_rectangle(dout, q, k, v, out, lse, scale=softmax_scale)
+
+    package = {name: types.ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")}
+    package["flash_attn.cute.interface"]._flash_attn_bwd = _flash_attn_bwd
+    for name, module in package.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    (q, k, v), grad_o = problem(FORCED)
+    o, lse = reference_jvp(Problem(q, k, v, None, None, None, FORCED, 0.4, tangent_start=0))[::2]
+    how = {"mask": FORCED, "scale": 0.4}
+    got = backward.masked_backward(grad_o, q, k, v, o, lse, rectangle=dense.RECTANGLES["flash4"], **how)
+    wanted = backward.masked_backward(grad_o, q, k, v, o, lse, rectangle=dense.RECTANGLES["eager"], **how)
+    assert len(dense_calls) == 2 * len(combs(FORCED)) and all(map(torch.equal, got, wanted))
+
+
 def test_what_it_refuses():
     (q, k, v), grad_o = problem(FORCED)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with pytest.raises(ConfigError, match="unknown forward 'fast'.*triton, reference"):
         masked_attention(q, k, v, mask=FORCED, forward="fast", backward="eager")
-    with pytest.raises(ConfigError, match="unknown backward 'fast'.*cudnn, flash, eager"):
+    with pytest.raises(ConfigError, match="unknown backward 'fast'.*cudnn, flash, flash4, eager"):
         masked_attention(q, k, v, mask=FORCED, forward="reference", backward="fast")
     with pytest.raises(
         ConfigError, match="backward='cudnn' of masked attention does not apply: it needs a CUDA device, the inputs are on cpu"

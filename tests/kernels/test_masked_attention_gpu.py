@@ -57,9 +57,11 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(backward, "_allocate", lambda *about: allocate(*about).fill_(float("nan")))
 
 
-@pytest.mark.parametrize("name", ["cudnn", "flash", "eager"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "flash4", "eager"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradients_against_float64(mask, name):
+    if name == "flash4" and not dense._has_flash4():
+        pytest.skip("needs FlashAttention-4: pip install --pre 'flash-attn-4[cu13]'")
     if (mask, name) == ("single tokens", "cudnn"):
         pytest.skip("cuDNN takes no rectangle of one key: test_rectangles_of_one_key")
     assert not violations(MASKS[mask], fused(MASKS[mask], name))

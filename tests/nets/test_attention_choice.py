@@ -82,7 +82,7 @@ def packages(monkeypatch):
             raise NotInstalled(name) if f"broken {name}" not in here else ConfigError(f"{name} does not load")
         return Package(name)
 
-    for kind in (attention_auto.Flash3, attention_auto.Flash4):
+    for kind in (attention_auto.Flash3, attention_auto.Flash4, attention_auto.MaskedFlash4):
         monkeypatch.setattr(kind, "loaded", lambda kind=kind: loaded(kind.name))
     forget(monkeypatch)
     return here, asked
@@ -120,6 +120,25 @@ def test_what_was_not_measured_of_flash_attention_stays_with_sdpa(packages, monk
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert choose_dense(q, q, q) == "sdpa"
+
+
+def test_long_masked_calls_take_the_gradient_of_flash_attention_4(packages, monkeypatch):
+    here, asked = packages
+    assert chosen(forced(1560)) == "triton + cudnn"
+    forget(monkeypatch)
+    here += ["flash3", "flash4"]
+    with replay.keeping():
+        assert chosen(forced(1560)) == chosen(forced(1560), heads=3) == "triton + flash4", "the forward is this package's, and kept"
+    for others in ({"grad": False}, {"dtype": torch.float16}, {"width": 64}):
+        assert "flash4" not in chosen(forced(1560), **others)
+    assert chosen(forced(779)) == "triton + cudnn", "32,718 tokens were not measured"
+    auto, mask = Auto(), forced(1560)
+    q = Shaped(1, mask.q_len, 12, 128)
+    auto(q, q, q, mask=mask, scale=0.5)
+    assert asked == [("flash4", 65520, mask, 0.5)] and auto.decisions["masked with gradient"] == "triton + flash4"
+    forget(monkeypatch)
+    monkeypatch.setenv("RCM_ATTENTION_WITHOUT", "flash4")
+    assert chosen(forced(1560)) == "triton + cudnn"
 
 
 def test_dense_calls_stay_with_sdpa():

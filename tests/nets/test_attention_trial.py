@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rcm.core.errors import ConfigError
+from rcm.kernels import replay
 from rcm.nets import attention_auto, attention_flex
 from rcm.nets.attention import resolve
 from rcm.nets.attention_auto import Auto, leave_out, left_out
@@ -94,9 +95,11 @@ def test_a_trial_is_not_seen_by_the_caller():
 
     def attend(q, k, v):
         dtypes.append((q @ q.mT).dtype)
-        return sound(q, k, v)
+        return replay.kept(lambda: (sound(q, k, v),))[0]
 
     wide = {**TRIED, "dtype": torch.float16}
+    with replay.Tape().recording() as tape, replay.keeping():
+        assert trial(attend, gradient=True, **wide) is None and tape.num_results == 0
     with saved_tensors_hooks(seen.append, lambda x: x), Watching(seen), torch.autocast("cpu", torch.bfloat16):
         assert trial(attend, gradient=True, **wide) is None
     with torch.inference_mode():
@@ -141,6 +144,25 @@ def test_a_named_package_that_fails_is_refused_in_a_sentence(name, monkeypatch):
         and "choose attention_backend" in told
     )
     assert len(asked) == 1, "tried once"
+
+
+@pytest.mark.parametrize("name", ["flash3", "flex_flash"])
+def test_recomputation_may_end_inside_a_package(name, monkeypatch):
+    """Torch leaves a recomputed layer by an exception once it has what was saved: no failure."""
+    install(monkeypatch, name if name in MODULES else "flash4", sound)
+    backend, x = resolve(name), inputs().requires_grad_()
+
+    def compiled(q, k, v, **_):
+        return sound(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def layer(x):
+        return backend(x, x, x, mask=None, scale=0.25)
+
+    monkeypatch.setattr(attention_flex, "_compiled", lambda: compiled)
+    monkeypatch.setattr(attention_flex, "wants_gradient", lambda *_: False)  # it refuses a CPU's
+    (got,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).float().square().sum(), x)
+    (wanted,) = torch.autograd.grad(sound(x, x, x).float().square().sum(), x)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_transformer_engine_of_another_interface(monkeypatch):

@@ -20,7 +20,7 @@ from rcm.kernels.masks import MaskSpec
 from rcm.kernels.replay import kept
 
 Forward = Literal["triton", "reference"]
-Backward = Literal["cudnn", "flash", "eager"]
+Backward = Literal["cudnn", "flash", "flash4", "eager"]
 
 
 # torch.compiler.disable would import the compiler with this module; this one does at the first call
@@ -48,11 +48,11 @@ def masked_attention(
     Both halves are chosen by the caller and never replaced silently:
         forward    "triton": one fused launch, CUDA (`flash_jvp` without tangents). "reference":
                    eager, any device and dtype.
-        backward   how the gradient of one dense rectangle is computed (README.md): "cudnn" and
-                   "flash" (CUDA, 16 bit, head sizes in multiples of 8), "eager" (any device and
-                   dtype). dq of the first two differs in the last bit from run to run; "flash" is
-                   reproducible under `torch.use_deterministic_algorithms(True)`, where "cudnn"
-                   refuses.
+        backward   how the gradient of one dense rectangle is computed (README.md): "cudnn",
+                   "flash", "flash4" (FlashAttention-4, installed apart; CUDA, 16 bit, head sizes in
+                   multiples of 8), "eager" (any device and dtype). dq of the first three differs in
+                   the last bit from run to run; "flash" is reproducible under
+                   `torch.use_deterministic_algorithms(True)`, where "cudnn" and "flash4" refuse.
     Returns `[B, Lq, N, Dv]`, contiguous, in the dtype of q. Saves q, k, v, the result and the
     log-sum-exp for the backward pass, and nothing quadratic; activation checkpointing may recompute
     it, or keep the result and the log-sum-exp (`rcm.kernels.replay`). Torch's compiler sees one

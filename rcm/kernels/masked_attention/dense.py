@@ -1,5 +1,5 @@
 """The flash backward of one dense rectangle, given O and the log-sum-exp of whole rows: cuDNN,
-FlashAttention-2 of torch, or eager.
+FlashAttention-2 of torch, FlashAttention-4 where it is installed, or eager.
 
 All take `[C, Lq, N, D]` queries and `[C, Lk, N, D]` keys of C rectangles, `lse` `[C, N, Lq]`
 float32 and contiguous, and compute P = exp(scale q k^T - lse), dV = P^T dO, dS = P * (dO v^T -
@@ -8,6 +8,8 @@ rowsum(dO * O)), dQ = scale dS k, dK = scale dS^T q.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -64,6 +66,18 @@ def flash_rectangle(
     )  # fmt: skip
 
 
+def flash4_rectangle(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Through FlashAttention-4, which has no public call for a backward pass alone: that of
+    4.0.0b36. Sums dQ with atomic additions: not bit-reproducible.
+    """
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv = _flash_attn_bwd(q, k, v, o, grad_o, lse, scale)
+    return dq, dk, dv
+
+
 def eager_rectangle(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +102,7 @@ def eager_rectangle(
 RECTANGLES: dict[str, RectangleBackward] = {
     "cudnn": cudnn_rectangle,
     "flash": flash_rectangle,
+    "flash4": flash4_rectangle,
     "eager": eager_rectangle,
 }
 """The choices of `backward=`."""
@@ -106,24 +121,37 @@ def rectangle_obstacle(name: str, q: Tensor, v: Tensor, *, mask: MaskSpec) -> st
     if not q.is_cuda:
         return f"it needs a CUDA device, the inputs are on {q.device}"
     major, minor = torch.cuda.get_device_capability(q.device)
-    if major < 8:
-        return f"it needs compute capability 8.0 or higher, this card has {major}.{minor}"
+    oldest = 9 if name == "flash4" else 8
+    if major < oldest:
+        return f"it needs compute capability {oldest}.0 or higher, this card has {major}.{minor}"
+    if name == "flash4" and not _has_flash4():
+        return "flash_attn.cute is not installed: pip install --pre 'flash-attn-4[cu13]'"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, got {q.dtype}"
     widths = (q.shape[3], v.shape[3])
-    limit = 256 if name == "flash" or (major, minor) == (9, 0) else 128
+    wide = name == "flash" or (name == "cudnn" and (major, minor) == (9, 0))
+    limit = 256 if wide else 128
     if any(width % 8 or width > limit for width in widths):
         return (
             f"it needs head sizes that are multiples of 8 up to {limit}, got {widths[0]} and"
             f" {widths[1]}"
         )
-    if name == "flash" and widths[0] != widths[1]:
+    if name != "cudnn" and widths[0] != widths[1]:
         return f"it needs equal head sizes of keys and values, got {widths[0]} and {widths[1]}"
-    if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
+    if name != "flash" and torch.are_deterministic_algorithms_enabled():
+        whose = {"cudnn": "cuDNN", "flash4": "FlashAttention-4"}[name]
         return (
-            "cuDNN's fused backward is not deterministic, and torch.use_deterministic_algorithms"
+            f"{whose}'s fused backward is not deterministic, and torch.use_deterministic_algorithms"
             " is on"
         )
     if name == "cudnn" and min(call.k_len for call in combs(mask)) == 1:
         return "it needs at least two keys per rectangle, and this mask has blocks of one key"
     return None
+
+
+@lru_cache(maxsize=1)
+def _has_flash4() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:  # nor is there a package that it would be part of
+        return False
