@@ -44,9 +44,10 @@ def _unset(config: TrainConfig) -> Iterator[str]:
                 f"dataloader_train.tar_path_pattern is empty: data={data.kind} reads its shards"
                 " there (data=fake needs none)"
             )
-        elif model.guided and not model.neg_embed_path and no_text:
+        if model.guided and not model.neg_embed_path and no_text:
             yield (
-                f"{M}.neg_embed_path is empty: guidance needs the negative prompt's embedding (or"
+                f"{M}.neg_embed_path is empty: guidance needs the negative prompt's embedding, as"
+                " `rcm data build --source teacher --write_negative_embedding FILE` writes it (or"
                 f" {M}.text_encoder_path)"
             )
     if data.kind == "prompts" and no_text:

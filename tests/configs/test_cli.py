@@ -145,7 +145,7 @@ def test_table_lists_variants_with_sizes_and_needs(capsys: pytest.CaptureFixture
     assert [name.rsplit("_", 1)[1] for name in names] == ["c1-1", "c1-4", "c3-3"]
     about = " ".join(said.split())
     assert "net 1.3B (1,419.00 M), with causal 14B; lr 2e-06, " in about and " ranks 4/32; " in about
-    assert "ok; needs causal_teacher_ckpt, student_ckpt, tar_path_pattern" in about
+    assert "ok; needs causal_teacher_ckpt, neg_embed_path, student_ckpt, tar_path_pattern" in about
     assert cli.main(["--list", "1pt3B", "tf_dcm_lora"]) == 0
     assert "net 1.3B (1,419.00 M), adapters of rank 64, with causal 14B; " in " ".join(capsys.readouterr().out.split())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from rcm.configs import registry_distill
-from rcm.configs.compose import compose_run, groups, options
+from rcm.configs.compose import Run, compose_run, groups, options
 from rcm.configs.convert import known_paths
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
@@ -122,10 +122,15 @@ def _law(law: TimeLawConfig) -> str:
     return f"LogNormal({law.p_mean:g}, {law.p_std:g})" if law.law == "lognormal" else f"UniformShift({law.shift:g})"
 
 
+@cache
+def _composed(row: str) -> Run:
+    suffix = "_c3-3" if row.startswith("causal") else ""
+    return compose_run([f"experiment={row}{suffix}"], environ={}, world_size=None, require_inputs=False)
+
+
 def _cells(row: str) -> Iterator[str]:
     """Columns of one published row, from its composed config."""
-    suffix = "_c3-3" if row.startswith("causal") else ""
-    config = compose_run([f"experiment={row}{suffix}"], world_size=None, require_inputs=False).config
+    config = _composed(row).config
     model, causal = config.model.config, isinstance(config.model.config, CausalConfig)
     kind = model.training_type if causal else model.cm_type + " + DMD"
     scored = model.net_fake_score is not None
@@ -157,6 +162,11 @@ def _cells(row: str) -> Iterator[str]:
     yield f"{config.checkpoint.save_iter} / {config.trainer.sampling.every_n}, {config.trainer.sampling.ema_every_n}"
 
 
+def published() -> list[str]:
+    """Names of the rows that a paper has."""
+    return [row.name for row in registry_distill.ROWS if not row.name.startswith("toy_") and not row.name.endswith("_lora")]
+
+
 def published_table() -> str:
     """The Markdown table of published rows."""
     head = (
@@ -173,8 +183,7 @@ def published_table() -> str:
         "recompute",
         "save / sample, EMA sample",
     )
-    published = [row.name for row in registry_distill.ROWS if not row.name.startswith("toy_") and not row.name.endswith("_lora")]
-    rows = [tuple(_cells(name)) for name in published]
+    rows = [tuple(_cells(name)) for name in published()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)) + "\n"
 
 
@@ -187,3 +196,14 @@ def test_table_of_published_rows_is_that_of_the_configs() -> None:
     match = TABLE.search(text)
     assert match, f"{name(METHOD)} has lost the markers of its table"
     assert match[0] == match[1] + table + match[2], "the table differs from the configs (RCM_UPDATE_GOLDEN=1 rewrites it)"
+
+
+@pytest.mark.parametrize("row", published())
+def test_the_command_in_a_rows_header_gives_all_that_the_run_needs(row: str) -> None:
+    registry_distill.register()
+    text = (ROOT / "configs" / "experiment" / f"{row}.yaml").read_text()
+    if "as in sf_dmd)" in text:
+        text += (ROOT / "configs" / "experiment" / "causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd.yaml").read_text()
+    needed = [sentence.split()[0] for sentence in _composed(row).missing]
+    assert "dataloader_train.tar_path_pattern" in needed
+    assert not [key for key in needed if f"{key}=" not in text.partition("Command: ")[2]]
