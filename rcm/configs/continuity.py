@@ -61,6 +61,7 @@ FREE = (
     f"{M}.jvp_implementation",
     f"{M}.fused_layers",
     f"{M}.compile",
+    f"{M}.replayed_training",
     f"{M}.text_cache",
     f"{M}.tokenizer.vae_pth",
     *(f"{M}.{net}.sac_config" for net in NETS),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcm.configs import cli
-from rcm.configs.continuity import CHANGEABLE, FREE
+from rcm.configs import cli, registry_distill
+from rcm.configs.compose import compose_run
+from rcm.configs.continuity import CHANGEABLE, FREE, continued_settings
 from rcm.configs.convert import known_paths
 from rcm.configs.schema import TrainConfig
 from rcm.data.tar_index import INDEX_SUFFIX
@@ -73,6 +74,14 @@ def test_a_legitimate_change_is_named_once(tmp_path: Path, capsys: pytest.Captur
         logger.remove(sink)
     said = [line for line in told if "other settings" in line]
     assert len(said) == 1 and "optimizer.lr: " in said[0] and "scheduler.warm_up_steps: 1 there, 7 here" in said[0]
+
+
+def test_a_rollout_may_be_replayed_from_now_on() -> None:
+    """What a run that found no memory turns on."""
+    registry_distill.register()
+    words = ["experiment=toy_sf_dmd_c3-3"], ["experiment=toy_sf_dmd_c3-3", M + "replayed_training=True"]
+    plain, replayed = (continued_settings(compose_run(w, require_inputs=False).config) for w in words)
+    replayed.require_continues(plain.record(), source="a checkpoint")
 
 
 def test_the_tables_name_keys() -> None:
