@@ -25,7 +25,7 @@ from rcm.losses.gan import (
     gan_generator_loss,
     generator_loss,
 )
-from rcm.losses.term import LossTerm, NonFinitePolicy
+from rcm.losses.term import LossTerm, NonFinitePolicy, sample_sum
 from rcm.methods.draws import draw_noise
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
@@ -154,6 +154,8 @@ class Adversary:
             v, logits = self.look(rf_noise(video, eps, t), t, cond, layout)
             loss = generator_loss(logits, self.form)
             (gradient,) = torch.autograd.grad(loss.sum(), video)
+        # one bad value condemns its sample, also where it is replayed chunk by chunk
+        gradient = gradient + 0 * sample_sum(gradient).view(-1, 1, 1, 1, 1)
         elements = video[0].numel()
         pull = Pull(loss.detach(), gradient, elements * self.loss_scale, self.nonfinite)
         return v.detach(), pull

@@ -125,16 +125,31 @@ def test_the_students_gradient_is_that_of_finite_differences(form):
     assert not grads["fake_score"] and not grads["gan_head"], "the student's turn leaves the discriminator alone"
 
 
-@pytest.mark.parametrize("name", ["c3-3", "c1-4"])
-def test_replayed_gradients_and_logs_equal_plain_ones(name):
+class Overflowing(Adversary):
+    """Its gradient is infinite in one frame of the first sample."""
+
+    def look(self, y, t, cond, layout):
+        def overflow(gradient: Tensor) -> Tensor:
+            return gradient.index_put((torch.tensor(0), torch.tensor(1), torch.tensor(4)), torch.tensor(torch.inf).double())
+
+        y.register_hook(overflow)
+        return super().look(y, t, cond, layout)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("c3-3", Adversary), ("c1-4", Adversary), ("c3-3", Overflowing)])
+def test_replayed_gradients_and_logs_equal_plain_ones(name, kind):
     data = LatentBatch(latents(PATTERNS[name]), condition(tiny_config()).text, ["a", "b"], ["0", "1"])
-    plain, replayed = (back(method(name, replayed=r), STUDENT, data) for r in (False, True))
+    methods = [method(name, replayed=r, nonfinite="zero_sample") for r in (False, True)]
+    for m in methods:
+        m.adversary = kind(**vars(m.adversary))
+    plain, replayed = (back(m, STUDENT, data) for m in methods)
     assert plain[0]["student"].keys() == replayed[0]["student"].keys()
     for key, value in plain[0]["student"].items():
         torch.testing.assert_close(replayed[0]["student"][key], value, rtol=1e-9, atol=1e-9)
     additive = [key for key in plain[1] if key.startswith("loss/") or "nonfinite" in key]
     assert {"loss/sf_dmd", "loss/gan_g", "loss/sf_dmd+gan_g"} <= set(additive)
     assert [replayed[1][k] for k in additive] == pytest.approx([plain[1][k] for k in additive], rel=1e-9)
+    assert plain[1]["gan_g/nonfinite_samples"] == (kind is Overflowing)
 
 
 def test_dmd_and_the_discriminator_add():
