@@ -105,8 +105,13 @@ def _first_module(
 
 @contextmanager
 def _watching(method: Method, found: list[str]) -> Iterator[None]:
-    def watch(path: str) -> Any:
+    def watch(role: str, name: str) -> Any:
+        path = f"{role}.{name}" if name else role
+        chosen = getattr(method.trainable[role], "chosen", None) if name else None
+
         def look(_module: nn.Module, _args: Any, output: Any) -> None:
+            if chosen is not None and chosen.name != role:
+                return  # another role computes on the base that both have
             for value in output if isinstance(output, tuple) else (output,):
                 if (
                     isinstance(value, Tensor)
@@ -118,7 +123,7 @@ def _watching(method: Method, found: list[str]) -> Iterator[None]:
         return look
 
     handles = [
-        module.register_forward_hook(watch(f"{role}.{name}" if name else role))
+        module.register_forward_hook(watch(role, name))
         for role, net in method.trainable.items()
         for name, module in net.named_modules()
     ]

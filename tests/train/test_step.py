@@ -8,16 +8,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.rng import StepRng
 from rcm.losses.term import LossTerm
+from rcm.nets.lora import AdaptedNet, attach, initial_factors
+from rcm.parallel.init import load_full
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig, StepReport, run_step
-from tests.support.toy_method import ToyMethod, make_loader, make_run
+from tests.support.toy_method import ToyMethod, make_loader, make_net, make_run
 
 ONE = ParallelDims()
 
@@ -157,6 +159,21 @@ def test_nan_inside_a_network_names_the_module() -> None:
     with torch.no_grad():
         state.roles["student"].net.blocks[1].ffn[2].weight.fill_(3e38)
     with pytest.raises(NonFinite, match=r"loss of term flow, size; first non-finite output from student\.blocks\.1\.ffn\.2;"):
+        step(method, state)
+
+
+def test_nan_in_adapters_names_their_role() -> None:
+    """Student and fake score are adapters on one base, whose modules both have."""
+    base: nn.Module = make_net(seed=0)
+    attach(base, ("ffn.2",), roles=("student", "fake_score"), rank=2, alpha=2.0)
+    nets = {role: AdaptedNet(base, role) for role in ("student", "fake_score")}
+    for net in nets.values():
+        load_full(net, initial_factors(net, seed=1))
+    dict(nets["fake_score"].named_parameters())["blocks.1.ffn.2.lora_B.weight"].data.fill_(torch.nan)
+    method, state = ToyMethod(nets), TrainState.create(nets, optim=dict.fromkeys(nets, AdamWConfig()), schedule=LambdaLinear(), ema=None)
+    step(method, state)
+    state.iteration = 2
+    with pytest.raises(NonFinite, match=r"first non-finite output from fake_score\.net\.blocks\.1\.ffn\.2;"):
         step(method, state)
 
 
