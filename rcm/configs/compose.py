@@ -144,6 +144,8 @@ def _refuse_unknown(parsed: Sequence[Override]) -> None:
                 raise ConfigError(why)
             if path not in known:
                 raise unknown_key(path, known_keys=[*known, *choosable])
+        if override.is_add():
+            raise ConfigError(f"write {key}=... without +: no key can be added")
 
 
 def _refuse_unknown_option(group: str, override: Override) -> None:
@@ -201,7 +203,7 @@ def _refuse_other_family(composed: Mapping[str, Any]) -> None:
     """`ConfigError` for keys of a model family that are left where another one was chosen."""
     node, others = composed["model"], dict(MODEL_VARIANTS)
     mine = others.pop(str(node["name"]), None)
-    if mine is None:  # no family, which is told where values are read
+    if mine is None or not isinstance(node["config"], dict):  # told where values are read
         return
     known = {f.name for f in fields(mine)}
     theirs = {f.name for other in others.values() for f in fields(other)} - known

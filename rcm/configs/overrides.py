@@ -122,7 +122,7 @@ def _law_words(key: str, value: Any) -> list[str] | None:
         return None
     given = {str(name): number for name, number in given.items()}
     target = given.pop("_target_")
-    if target not in TIME_LAWS:
+    if not isinstance(target, str) or target not in TIME_LAWS:
         laws = (f"{name} ({law_key}.law={law})" for name, (law, _) in TIME_LAWS.items())
         raise ConfigError(
             f"{law_key}._target_={target!r} is not imported; the time laws known by name are"
