@@ -111,7 +111,7 @@ _LORA = (f"{M}.lora.rank=64",)
 _GAN = (f"{M}.gan.loss_scale=0.1",)
 _KEEP_LAST = (f"{M}.net.sac_config.keep_last_blocks=1",)
 _IDLE = ("trainer.offload.idle_roles=True",)
-_LIVES = (*_EACH, *_IDLE, "trainer.offload.parameters=True")
+_LIVES = (*_IDLE, "trainer.offload.parameters=True")
 
 
 def _states(form: str) -> tuple[str, ...]:
@@ -203,7 +203,7 @@ ROWS = (
     Row("tf_scm", "1.3B", "one", "lever_fp8", LEVERS["fp8"]),
     # as `rcm plan --smallest` lays them out
     Row("sf_dmd_replayed", "1.3B", "one", "lever_least", (*_LIVES, MODE + "block_wise")),
-    Row("sf_dmd_replayed", "14B", "one", "lever_least", (*_LIVES, MODE + "block_wise")),
+    Row("sf_dmd_replayed", "14B", "one", "lever_least", (*_EACH, *_LIVES, MODE + "block_wise")),
 )
 """In order of importance: a run stops where its budget does."""
 

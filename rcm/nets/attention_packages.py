@@ -267,7 +267,9 @@ class TransformerEngine(Package):
     in the layout "bshd" without mask: one dense call per run of queries with equal keys.
 
     Its unfused attention, which holds the whole score matrix, is switched off for the process
-    unless NVTE_UNFUSED_ATTN says otherwise; `ConfigError` where it has no other for a call.
+    unless NVTE_UNFUSED_ATTN says otherwise; `ConfigError` where it has no other for a call. It is
+    given torch's cuDNN unless CUDNN_HOME names one: it would take that of the CUDA toolkit, and the
+    parts of two versions do not load together.
     """
 
     name, module = "te", "transformer_engine.pytorch"
@@ -276,6 +278,8 @@ class TransformerEngine(Package):
     def __init__(self) -> None:
         super().__init__()
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
+        if folder := _folder_of_cudnn():
+            os.environ.setdefault("CUDNN_HOME", folder)
         self._modules: dict[tuple[int, int, int, float], torch.nn.Module] = {}
 
     def attend(
@@ -307,6 +311,16 @@ class TransformerEngine(Package):
             return out.unflatten(2, (q.shape[2], v.shape[3]))
 
         return by_segment(dense, q, k, v, mask=mask)
+
+
+def _folder_of_cudnn() -> str | None:
+    """Where the cuDNN is that came with torch as a package of its own; None for other builds."""
+    try:
+        found = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        return None
+    places = list(found.submodule_search_locations or ()) if found else []
+    return places[0] if places else None
 
 
 def _apart(x: Tensor) -> Tensor:

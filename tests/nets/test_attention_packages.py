@@ -15,6 +15,7 @@ from torch import nn
 from rcm.core.errors import ConfigError
 from rcm.kernels.masked_attention.budget import with_gradients
 from rcm.kernels.masks import BlockCausal, Full, TeacherForcing
+from rcm.nets import attention_packages
 from rcm.nets.attention import resolve
 from rcm.nets.attention_dense import Reference
 from tests.support.tiny_nets import pattern
@@ -186,6 +187,24 @@ def fresh():
     forget()
     yield
     forget()
+
+
+@pytest.mark.parametrize("named", ["", "/opt/cudnn"])
+def test_transformer_engine_is_given_the_cudnn_of_torch(named, tmp_path, monkeypatch):
+    """It looks under CUDNN_HOME first, then in the toolkit, which may be of another version."""
+    folder = tmp_path / "nvidia" / "cudnn"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(attention_packages, "require_package", lambda *_, **__: None)
+    monkeypatch.setenv("CUDNN_HOME", named)
+    if not named:
+        del os.environ["CUDNN_HOME"]
+    attention_packages.TransformerEngine()
+    assert os.environ["CUDNN_HOME"] == (named or str(folder))
+    sys.modules.pop("nvidia", None)
 
 
 def test_flash4_alone_is_not_flash2(tmp_path, monkeypatch, fresh):
