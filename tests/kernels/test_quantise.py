@@ -21,11 +21,12 @@ def test_kernel_rounds_as_the_plain_formula():
 
 @pytest.mark.slow
 def test_kernel_compiles_to_one_wide_pass_with_the_hardware_cast():
-    from rcm.kernels.fused import quantise
-    from tests.support.compile_fused import compiled
+    from rcm.kernels.fused import quantise, quantise_kernels
+    from tests.support.compile_kernels import compiled
 
     for gelu in (False, True):
-        (kernel,) = compiled(lambda gelu=gelu: quantise.launch(torch.empty(64, 1536, dtype=torch.bfloat16), gelu=gelu))
+        x, kernels = torch.empty(64, 1536, dtype=torch.bfloat16), {quantise_kernels: ("quantise_rows",)}
+        (kernel,) = compiled(lambda gelu=gelu, x=x: quantise.launch(x, gelu=gelu), kernels)
         ptx = kernel.asm["ptx"]
         assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
         assert ptx.count("ld.global") == ptx.count("ld.global.v4")
