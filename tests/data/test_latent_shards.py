@@ -16,12 +16,7 @@ from rcm.core.errors import ConfigError
 from rcm.data.latents import LatentShards, expand_pattern
 from rcm.data.shard_writer import ShardSample, shard_name, write_shard
 from rcm.data.tar_index import INDEX_SUFFIX, ShardError, index_shard, scan_shard
-
-
-def sample(number: int, shape=(4, 3, 2, 2), text=(5, 6), dtype=torch.bfloat16) -> ShardSample:
-    generator = torch.Generator().manual_seed(number)
-    draw = lambda size: torch.randn(size, generator=generator).to(dtype)  # noqa: E731
-    return ShardSample(draw(shape), draw(text), f"prompt {number} ö")
+from tests.support.shard_files import instead, rewrite, sample, tensor_bytes
 
 
 @pytest.fixture
@@ -37,25 +32,6 @@ def shards(folder: Path, **options) -> LatentShards:
 
 def forget_index(path: Path) -> None:
     path.with_name(path.name + INDEX_SUFFIX).unlink()
-
-
-def rewrite(path: Path, change) -> None:
-    """Pass every member (name, bytes) of a shard through `change`, which may return None to drop
-    it.
-    """
-    with tarfile.open(path) as archive:
-        members = [(info.name, archive.extractfile(info).read()) for info in archive]
-    with tarfile.open(path, "w") as archive:
-        for name, data in filter(None, (change(name, data) for name, data in members)):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
-def tensor_bytes(value) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def test_samples_come_back_whole(folder):
@@ -233,7 +209,7 @@ def test_a_header_that_leads_backwards_ends_the_scan(tmp_path):
 
 
 def test_a_caption_of_zeros_is_damage(folder):
-    rewrite(folder / shard_name(0), lambda name, data: (name, bytes(4) if name == "000000004.prompt.txt" else data))
+    rewrite(folder / shard_name(0), instead("000000004.prompt.txt", bytes(4)))
     with pytest.raises(ShardError, match=r"000000004\.prompt\.txt holds NUL bytes"):
         shards(folder).fetch([4])
 
@@ -247,13 +223,13 @@ def test_damage_after_indexing_is_named(folder):
 
 
 def test_a_missing_member_is_named(folder):
-    rewrite(folder / shard_name(0), lambda name, data: None if name == "000000003.embed.pt" else (name, data))
+    rewrite(folder / shard_name(0), instead("000000003.embed.pt", None))
     with pytest.raises(ShardError, match=r"sample 000000003 lacks 000000003\.embed\.pt"):
         shards(folder)
 
 
 def test_a_doubled_member_is_named(folder):
-    rewrite(folder / shard_name(0), lambda name, data: ("000000000.prompt.txt" if name == "000000001.prompt.txt" else name, data))
+    rewrite(folder / shard_name(0), lambda name, data: [("000000000.prompt.txt" if name == "000000001.prompt.txt" else name, data)])
     with pytest.raises(ShardError, match=r"000000000\.prompt\.txt appears twice"):
         shards(folder)
 
@@ -269,7 +245,7 @@ def test_a_doubled_member_is_named(folder):
     ],
 )
 def test_a_damaged_member_is_named(folder, content, word):
-    rewrite(folder / shard_name(0), lambda name, data: (name, content if name == "000000004.latent.pt" else data))
+    rewrite(folder / shard_name(0), instead("000000004.latent.pt", content))
     with pytest.raises(ShardError, match=rf"shard-000000\.tar: member 000000004\.latent\.pt.*{word}"):
         shards(folder).fetch([4])
 
@@ -335,15 +311,8 @@ def test_patterns_mean_what_exists_and_else_what_bash_would(tmp_path):
 
 
 def test_what_macos_adds_is_no_sample(folder):
-    path = folder / shard_name(0)
-    with tarfile.open(path) as archive:
-        members = [(info.name, archive.extractfile(info).read()) for info in archive]
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            for added in (f"._{name}", name, f"__MACOSX/._{name}", ".DS_Store"):
-                info = tarfile.TarInfo(added)
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
+    added = ("._{}", "{}", "__MACOSX/._{}", ".DS_Store")
+    rewrite(folder / shard_name(0), lambda name, data: [(form.format(name), data) for form in added])
     assert shards(folder).fetch([0, 14]).keys == ["000000000", "000000014"]
 
 
@@ -363,5 +332,5 @@ def test_fingerprint_follows_the_data(folder):
     assert before == shards(folder).fingerprint()
     forget_index(folder / shard_name(1))
     assert before == shards(folder).fingerprint()
-    rewrite(folder / shard_name(2), lambda name, data: (name, data[:-1] + b"x" if name == "000000013.prompt.txt" else data))
+    rewrite(folder / shard_name(2), instead("000000013.prompt.txt", lambda data: data[:-1] + b"x"))
     assert shards(folder).fingerprint() != before

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import collections
 import functools
-import io
 import os
 import pickle
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from rcm.storage.weight_files import open_container
 from scripts.checkpoint import main as checkpoint_main
 from tests.faults.case import Bomb, Fault, canary, each
 from tests.faults.hostile import Call, Storage, archive, exploding, instructions, old_format, pickled, tensor
+from tests.support.shard_files import tensor_bytes, write_members
 
 RUNS = "not executed|needs Python objects|which plain values do not need|cannot be read"
 
@@ -189,23 +188,13 @@ CONTAINERS = {
 }
 
 
-def tensor_file(value) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
 def fetched(content):
     """A shard with `content` in place of a latent."""
 
     def call(folder: Path) -> None:
-        latent, embed = content(folder) if callable(content) else content, tensor_file(torch.ones(5, 6))
+        latent, embed = content(folder) if callable(content) else content, tensor_bytes(torch.ones(5, 6))
         members = {"latent.pt": latent, "embed.pt": embed, "prompt.txt": b"x"}
-        with tarfile.open(folder / "shard-000000.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
-            for name, data in members.items():
-                info = tarfile.TarInfo(f"000000000.{name}")
-                info.size = len(data)
-                shard.addfile(info, io.BytesIO(data))
+        write_members(folder / "shard-000000.tar", ((f"000000000.{name}", data) for name, data in members.items()))
         try:
             LatentShards(str(folder / "*.tar")).fetch([0])
         except ShardError as error:
@@ -247,16 +236,16 @@ CASES = [
         for name in ("value", "old format", "os.system")
     ),
     Fault("latent: runs", kind="stored tensors", refusal="000000000.latent.pt cannot be read.*not executed",
-          call=fetched(lambda folder: tensor_file(Bomb(canary(folder), torch.ones(4, 3, 2, 2))))),
-    Fault("latent: sparse", kind="stored tensors", refusal="latent.pt cannot be read.*sparse", call=fetched(tensor_file(SPARSE))),
-    Fault("latent: meta", kind="stored tensors", refusal="latent.pt cannot be read.*no values", call=fetched(tensor_file(META))),
-    Fault("latent: dict", kind="stored tensors", refusal="latent.pt holds a dict", call=fetched(tensor_file({"a": torch.ones(2)}))),
+          call=fetched(lambda folder: tensor_bytes(Bomb(canary(folder), torch.ones(4, 3, 2, 2))))),
+    Fault("latent: sparse", kind="stored tensors", refusal="latent.pt cannot be read.*sparse", call=fetched(tensor_bytes(SPARSE))),
+    Fault("latent: meta", kind="stored tensors", refusal="latent.pt cannot be read.*no values", call=fetched(tensor_bytes(META))),
+    Fault("latent: dict", kind="stored tensors", refusal="latent.pt holds a dict", call=fetched(tensor_bytes({"a": torch.ones(2)}))),
     Fault("latent: whole numbers", kind="stored tensors", refusal="latent.pt holds a tensor of torch.int64",
-          call=fetched(tensor_file(torch.ones(4, 3, 2, 2, dtype=torch.int64)))),
+          call=fetched(tensor_bytes(torch.ones(4, 3, 2, 2, dtype=torch.int64)))),
     Fault("latent: NaN", kind="stored tensors", refusal="latent.pt holds NaN",
-          call=fetched(tensor_file(torch.full((4, 3, 2, 2), NAN)))),
+          call=fetched(tensor_bytes(torch.full((4, 3, 2, 2), NAN)))),
     Fault("latent: one number as many", kind="stored tensors", refusal="latent.pt cannot be read.*beyond the 1 elements",
-          call=fetched(tensor_file(torch.ones(()).expand(4, 3, 2, 2)))),
+          call=fetched(tensor_bytes(torch.ones(()).expand(4, 3, 2, 2)))),
     Fault("latent: nothing", kind="stored tensors", refusal="latent.pt cannot be read", call=fetched(b"")),
     Fault("negative: runs", kind="stored tensors", refusal="neg_embed_path=.*not executed", call=negative(exploding)),
     Fault("negative: dict", kind="stored tensors", refusal="neg_embed_path=.*holds a dict", call=negative({"a": torch.ones(2)})),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from rcm.configs.continuity import CHANGEABLE, FREE, continued_settings
 from rcm.configs.convert import known_paths
 from rcm.configs.schema import TrainConfig
 from rcm.data.tar_index import INDEX_SUFFIX
-from scripts import build_dataset
 from tests.faults.case import Fault, count, each
 from tests.integration.entry import launch, lines, small
+from tests.support.shard_files import instead, rewrite, six_toy_videos, tensor_bytes
 
 M = "model.config."
 TF = "experiment=toy_tf_c3-3"
@@ -92,11 +91,7 @@ def test_the_tables_name_keys() -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six toy videos in two shards."""
-    folder = tmp_path_factory.mktemp("shards") / "toy"
-    sizes = ["--size", "8x8", "--frames", "11", "--text-len", "8", "--text-dim", "8"]
-    assert build_dataset.main(["--source", "toy", "--num", "6", "--shard-size", "3", *sizes, "--out", str(folder)]) == 0
-    return folder
+    return six_toy_videos(tmp_path_factory.mktemp("shards") / "toy")
 
 
 def from_shards(pattern: str) -> list[str]:
@@ -105,33 +100,20 @@ def from_shards(pattern: str) -> list[str]:
     return ["data=latents", f"dataloader_train.tar_path_pattern={pattern}", *(M + word for word in model)]
 
 
-def rewritten(shard: Path, change: Callable[[str, bytes], bytes]) -> None:
-    """Members of a shard through `change`."""
-    with tarfile.open(shard) as archive:
-        members = [(info.name, archive.extractfile(info).read()) for info in archive]
-    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data := change(name, data))
-            archive.addfile(info, io.BytesIO(data))
-
-
-def other_latent(name: str, data: bytes) -> bytes:
-    """The same number of bytes, one value changed, in a sample in the middle of the second
-    shard.
-    """
-    if name != "000000004.latent.pt":
-        return data
+def other_latent(data: bytes) -> bytes:
+    """The same number of bytes, one value changed."""
     latents = torch.load(io.BytesIO(data), weights_only=True)
     latents.view(-1)[5] += 1
-    buffer = io.BytesIO()
-    torch.save(latents, buffer)
-    assert len(buffer.getvalue()) == len(data)
-    return buffer.getvalue()
+    assert len(changed := tensor_bytes(latents)) == len(data)
+    return changed
 
 
-def other_caption(name: str, data: bytes) -> bytes:
-    return data.replace(b"a", b"o", 1) if name == "000000005.prompt.txt" else data
+def in_the_second_shard(member: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder / "shard-000001.tar", instead(member, change))
+
+
+ONE_VALUE = in_the_second_shard("000000004.latent.pt", other_latent)
+ONE_LETTER = in_the_second_shard("000000005.prompt.txt", lambda data: data.replace(b"a", b"o", 1))
 
 
 def copied(shards: Path, folder: Path) -> Path:
@@ -171,12 +153,10 @@ def _swapped(folder: Path) -> None:
 DATA = {
     "the same": changed_data("the same", None, lambda folder: None),
     "without indices": changed_data("without indices", None, _without_index),
-    "one value": changed_data("one value", "fingerprint=.*accept_changed", lambda f: rewritten(f / "shard-000001.tar", other_latent)),
-    "one letter": changed_data("one letter", "fingerprint=.*accept_changed", lambda f: rewritten(f / "shard-000001.tar", other_caption)),
+    "one value": changed_data("one value", "fingerprint=.*accept_changed", ONE_VALUE),
+    "one letter": changed_data("one letter", "fingerprint=.*accept_changed", ONE_LETTER),
     "swapped shards": changed_data("swapped shards", "fingerprint=", _swapped),
-    "mended": changed_data(
-        "mended", None, lambda f: rewritten(f / "shard-000001.tar", other_caption), "checkpoint.accept_changed_data=True"
-    ),
+    "mended": changed_data("mended", None, ONE_LETTER, "checkpoint.accept_changed_data=True"),
     "fewer": changed_data("fewer", "num_samples=6", lambda f: (f / "shard-000001.tar").unlink()),
 }
 

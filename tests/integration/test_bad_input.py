@@ -8,7 +8,6 @@ import io
 import os
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts import build_dataset
 from tests.integration.entry import everything, launch, lines, same, small, write_network
+from tests.support.shard_files import instead, rewrite, six_toy_videos, tensor_bytes
 
 M = "model.config."
 TF = "experiment=toy_tf_c3-3"
@@ -157,11 +156,7 @@ def test_nan_in_weights_stops_before_the_update(tmp_path: Path, job: Path, told:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six toy videos in two shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    sizes = ["--size", "8x8", "--frames", "11", "--text-len", "8", "--text-dim", "8"]
-    assert build_dataset.main(["--source", "toy", "--num", "6", "--shard-size", "3", *sizes, "--out", str(folder / "toy")]) == 0
-    return folder / "toy"
+    return six_toy_videos(tmp_path_factory.mktemp("shards") / "toy")
 
 
 def from_shards(folder: Path) -> list[str]:
@@ -208,23 +203,6 @@ def test_a_truncated_shard_is_found_before_training(shards: Path, tmp_path: Path
     assert not (job / "metrics.jsonl").exists()
 
 
-def spoil(shard: Path, member: str) -> None:
-    """Put a NaN into one latent of a shard."""
-    with tarfile.open(shard) as archive:
-        members = [(info.name, archive.extractfile(info).read()) for info in archive]
-    with tarfile.open(shard, "w") as archive:
-        for name, data in members:
-            if name == member:
-                latents = torch.load(io.BytesIO(data))
-                latents[0, 0, 0, 0] = float("nan")
-                buffer = io.BytesIO()
-                torch.save(latents, buffer)
-                data = buffer.getvalue()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
 def test_nan_in_data_stops_the_run_and_the_last_checkpoint_continues(shards: Path, tmp_path: Path, job: Path, told: Told) -> None:
     """The epoch meets the bad sample after some good ones; with the data mended the same command
     goes on.
@@ -232,7 +210,13 @@ def test_nan_in_data_stops_the_run_and_the_last_checkpoint_continues(shards: Pat
     spoilt = tmp_path / "spoilt"
     shutil.copytree(shards, spoilt)
     words = [TF, *small(job, iterations=6), *from_shards(spoilt), "checkpoint.save_iter=1"]
-    spoil(spoilt / "shard-000000.tar", "000000001.latent.pt")
+
+    def with_nan(data: bytes) -> bytes:
+        latents = torch.load(io.BytesIO(data))
+        latents[0, 0, 0, 0] = float("nan")
+        return tensor_bytes(latents)
+
+    rewrite(spoilt / "shard-000000.tar", instead("000000001.latent.pt", with_nan))
     assert launch(*words) == 1
     assert "shard-000000.tar: member 000000001.latent.pt holds NaN or infinite values" in told(1)
     done = lines(job)[-1]["step"]

@@ -4,9 +4,7 @@ damage leaves no half file.
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,12 +17,7 @@ from rcm.data.shard_writer import MANIFEST, ShardSample, shard_name, write_shard
 from rcm.data.tar_index import index_shard
 from scripts import build_dataset, merge_shards, view_shards
 from tests.faults.case import Bomb, Fault, canary, each
-
-
-def sample(number: int, *, shape=(4, 3, 2, 2), dtype=torch.bfloat16, context: bool = False) -> ShardSample:
-    generator = torch.Generator().manual_seed(number)
-    draw = lambda size: torch.randn(size, generator=generator).to(dtype)  # noqa: E731
-    return ShardSample(draw(shape), draw((5, 6)), f"prompt {number} ö", draw(shape[1:]) if context else None)
+from tests.support.shard_files import instead, rewrite, sample, tensor_bytes
 
 
 def small_set(folder: Path, counts: list[int], *, first: int = 0, **how) -> Path:
@@ -111,28 +104,10 @@ def test_view_draws(tmp_path: Path, capsys) -> None:
 
 
 def rewritten(folder: Path, change) -> Path:
-    """A set of two shards, the second with every member (name, bytes) passed through `change` (None
-    drops it).
-    """
+    """A set of two shards, the second rewritten by `change`."""
     path = small_set(folder / "set", [2, 2]) / shard_name(1)
-    with tarfile.open(path) as archive:
-        members = [(info.name, archive.extractfile(info).read()) for info in archive]
-    with tarfile.open(path, "w") as archive:
-        for name, data in filter(None, (change(name, data) for name, data in members)):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    rewrite(path, change)
     return path
-
-
-def pickled(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def instead(member: str, data: bytes | None):
-    return lambda name, old: None if data is None and name == member else (name, data if name == member else old)
 
 
 def cut(folder: Path) -> None:
@@ -141,7 +116,7 @@ def cut(folder: Path) -> None:
 
 
 def bomb(folder: Path) -> None:
-    rewritten(folder, instead("000000001.latent.pt", pickled(Bomb(canary(folder)))))
+    rewritten(folder, instead("000000001.latent.pt", tensor_bytes(Bomb(canary(folder)))))
 
 
 def two_kinds(folder: Path) -> None:
@@ -171,12 +146,20 @@ DAMAGE = [
     ("truncated", cut, r"shard .*000001.tar (is not a whole|.*truncated)"),
     ("no tar", lambda f: (small_set(f / "set", [1]) / shard_name(1)).write_bytes(b"x" * 2000), "000001.tar is not a whole uncompressed"),
     ("code", bomb, r"000001.tar: member 000000001.latent.pt .* which are not executed"),
-    ("not a number", lambda f: rewritten(f, instead("000000001.embed.pt", pickled(torch.full((5, 6), torch.nan)))), "embed.pt holds NaN"),
-    ("whole numbers", lambda f: rewritten(f, instead("000000000.latent.pt", pickled(torch.ones(4).int()))), "torch.int32, expected one of"),
-    ("dictionary", lambda f: rewritten(f, instead("000000000.latent.pt", pickled({"x": torch.ones(1)}))), "expected one tensor"),
+    (
+        "not a number",
+        lambda f: rewritten(f, instead("000000001.embed.pt", tensor_bytes(torch.full((5, 6), torch.nan)))),
+        "embed.pt holds NaN",
+    ),
+    (
+        "whole numbers",
+        lambda f: rewritten(f, instead("000000000.latent.pt", tensor_bytes(torch.ones(4).int()))),
+        "torch.int32, expected one of",
+    ),
+    ("dictionary", lambda f: rewritten(f, instead("000000000.latent.pt", tensor_bytes({"x": torch.ones(1)}))), "expected one tensor"),
     ("no caption", lambda f: rewritten(f, instead("000000001.prompt.txt", None)), "sample 000000001 lacks 000000001.prompt.txt"),
     ("no text", lambda f: rewritten(f, instead("000000001.prompt.txt", b"\xff\xfe")), r"000000001.prompt.txt is not UTF-8"),
-    ("empty", lambda f: rewritten(f, lambda name, data: None), "holds no samples"),
+    ("empty", lambda f: rewritten(f, lambda name, data: []), "holds no samples"),
 ]
 
 
