@@ -116,7 +116,8 @@ def replacing(target: Path) -> Iterator[Path]:
         told = "is being written by another process; wait for it, or choose another target"
         raise ConfigError(f"{target} {told}") from error
     except OSError as error:
-        if error.errno is None or error.filename not in (None, str(lock), str(partial)):
+        own = (str(lock), str(partial))
+        if error.errno is None or not str(error.filename or own[0]).startswith(own):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
 

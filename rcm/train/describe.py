@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -171,16 +171,17 @@ def replacing_described(target: Path, description: Description | None) -> Iterat
     beside, told = (target.with_name(f"{lead}{target.name}.json") for lead in ("", ".writing_"))
     try:
         with replacing(target) as partial:
+            if description is not None:  # what can fail comes before the work
+                description.write(told)
             yield partial
             if alone := partial.is_file():  # a folder has it inside
-                flush(partial)  # what can fail comes before the older description goes
-                if description is not None:
-                    description.write(told)
+                flush(partial)  # and before the older description goes
                 discard(beside)
         if alone and description is not None:
             os.replace(told, beside)
     finally:
-        discard(told)
+        with suppress(OSError):  # the reason of a failure counts
+            discard(told)
 
 
 def _base(told: Mapping[str, Any]) -> str:

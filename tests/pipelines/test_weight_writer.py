@@ -192,6 +192,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, name):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.parametrize("length", [234, 245, 252, 300])
+def test_a_name_too_long_is_told_before_the_work(tmp_path, length):
+    """Also where only the description's temporary name, the longest, does not fit."""
+    weights, target = Counting(small_state()), tmp_path / f"{'n' * (length - 3)}.pt"
+    with pytest.raises(OSError, match="too long") as refused:
+        save(target, weights=weights)
+    assert refused.value.filename == str(target) and not weights.order and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
