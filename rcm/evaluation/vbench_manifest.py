@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record
 from rcm.evaluation.vbench_results import read_json
 from rcm.pipelines.video_io import VideoError, probe
 from rcm.storage.identity import content_identity
@@ -34,7 +35,7 @@ _ENDS = 1 << 20
 
 
 @dataclass(frozen=True)
-class VideoRecord:
+class VideoRecord(Record):
     """How one file was made: number of the sample, seed of its generator, text given to the model,
     bytes and SHA-256 of the file, frames and seconds of sampling (None for a file whose run was
     killed before it could say), SHA-256 of its first frame's file, time (Unix) of the record.
@@ -215,8 +216,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
     if wrong:
         raise ConfigError(f"{path} is damaged: it has no {' and no '.join(wrong)}")
-    videos = manifest["videos"] | {n: asdict(r) for n, r in _recorded(path.parent).items()}
-    return {**manifest, "videos": {name: videos[name] for name in sorted(videos)}}
+    try:
+        listed = {name: _record(told) for name, told in manifest["videos"].items()}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: it has a video that is none ({error})") from error
+    videos = listed | _recorded(path.parent)
+    return {**manifest, "videos": {name: asdict(videos[name]) for name in sorted(videos)}}
 
 
 def require_unaltered(videos: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -245,9 +250,14 @@ def _recorded(records: Path) -> dict[str, VideoRecord]:
     found: list[VideoRecord] = []
     for path in sorted(records.glob("videos_rank*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with suppress(ValueError, TypeError):  # older lines have no time, and come first
-                found.append(VideoRecord(**{"recorded": 0.0, **json.loads(line)}))
+            with suppress(ValueError, TypeError):
+                found.append(_record(json.loads(line)))
     return {record.file: record for record in sorted(found, key=lambda record: record.recorded)}
+
+
+def _record(told: Any) -> VideoRecord:
+    """ValueError or TypeError for what is none."""
+    return VideoRecord(**{"recorded": 0.0, **told})  # older ones have no time, and come first
 
 
 def checkpoint_digest(path: str | Path) -> str:

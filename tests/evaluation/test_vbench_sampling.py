@@ -261,6 +261,8 @@ def test_records_lie_beside_the_folder_however_it_is_named(tmp_path: Path, monke
         ("[]", "has format None"),
         ('{"format": 2}', "has format 2"),
         ('{"format": 1, "runs": []}', "no settings and no videos"),
+        ('{"format": 1, "runs": [], "settings": {}, "videos": {"a.mp4": {"seed": 1}}}', "it has a video that is none .*missing"),
+        ('{"format": 1, "runs": [], "settings": {}, "videos": {"a.mp4": null}}', "it has a video that is none"),
     ],
 )
 def test_damaged_manifests_are_refused(tmp_path: Path, text: str, told: str) -> None:
@@ -273,7 +275,8 @@ def test_a_cut_record_is_no_record(tmp_path: Path) -> None:
     run = SuiteRun(items(), tmp_path / "v", num_samples=1)
     sample_suite(run, Noise())
     log = tmp_path / "v_run" / "videos_rank0.jsonl"
-    log.write_text(log.read_text()[:-30] + '"}\n{}\n[1]')
+    odd = '{"file": "prompt 0-0.mp4", "sample": 0, "seed": 0, "text": 3, "bytes": "9", "sha256": "", "recorded": "late"}'
+    log.write_text(log.read_text()[:-30] + '"}\n{}\n[1]\n' + odd)
     sample_suite(run, Noise())
     assert set(read_manifest(run.folder)["videos"]) == {f"prompt {i}-0.mp4" for i in range(3)}
     again = RunFolder(run.folder)
