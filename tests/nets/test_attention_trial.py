@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rcm.core.errors import ConfigError
@@ -24,6 +23,7 @@ from rcm.nets.attention_dense import Reference
 from rcm.nets.attention_packages import WITHOUT_KEY
 from rcm.nets.attention_trial import trial
 from tests.nets.test_attention_choice import forget
+from tests.support.watched import Watched
 
 MODULES = {"flash2": "flash_attn.flash_attn_interface", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 MODULES |= {"te": "transformer_engine.pytorch", "magi": "magi_attention.api"}
@@ -77,18 +77,6 @@ def test_a_trial_tells_what_goes_wrong(name):
         trial(raising(torch.OutOfMemoryError("full")), gradient=False, **TRIED)
 
 
-class Watching(TorchDispatchMode):
-    """What recomputation that keeps results sees."""
-
-    def __init__(self, seen: list) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_trial_is_not_seen_by_the_caller():
     """Recomputation counts what is saved and done, and its second pass holds no trial."""
     seen, dtypes, state = [], [], torch.random.get_rng_state()
@@ -100,7 +88,7 @@ def test_a_trial_is_not_seen_by_the_caller():
     wide = {**TRIED, "dtype": torch.float16}
     with replay.Tape().recording() as tape, replay.keeping():
         assert trial(attend, gradient=True, **wide) is None and tape.num_results == 0
-    with saved_tensors_hooks(seen.append, lambda x: x), Watching(seen), torch.autocast("cpu", torch.bfloat16):
+    with saved_tensors_hooks(seen.append, lambda x: x), Watched(lambda func, _: seen.append(func)), torch.autocast("cpu", torch.bfloat16):
         assert trial(attend, gradient=True, **wide) is None
     with torch.inference_mode():
         assert trial(attend, gradient=True, **wide) is None

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcm.core.dual import jvp
 from rcm.core.errors import ConfigError
@@ -24,6 +23,7 @@ from rcm.nets.layers import (
 )
 from rcm.nets.rope import RopeTables, Rotate
 from tests.support.tiny_nets import tiny_net
+from tests.support.watched import Watched
 
 F64 = torch.float64
 
@@ -91,29 +91,18 @@ def test_patch_orders():
         assert got[1, c, f, row, column] == patches[1, f, (row // 2) * 3 + column // 2, feature]
 
 
-class Operators(TorchDispatchMode):
-    """Names of the operators that touch data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_carries_a_tangent_in_one_product(bias):
     x, x_dot = (torch.randn(2, 3, 4, 8, dtype=F64) for _ in range(2))
     linear = Linear(8, 5, bias=bias).double()
     plain = torch.nn.Linear(8, 5, bias=bias).double()
     plain.load_state_dict(linear.state_dict())
-    with Operators() as operators:
+    seen: list[str] = []
+    with Watched(lambda func, _: seen.append(func.overloadpacket.__name__)):
         got = jvp(linear, (x,), (x_dot,))
     torch.testing.assert_close(got, jvp(plain, (x,), (x_dot,)))
     views = {"view", "_unsafe_view", "t", "alias", "is_same_size", "_has_same_storage_numel"}
-    moving = [name for name in operators.seen if name not in views]
+    moving = [name for name in seen if name not in views]
     assert sorted(moving) == ["addmm" if bias else "mm", "mm"], "the tangent of a constant weight or bias costs passes over memory"
 
 

@@ -5,12 +5,13 @@ nothing.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
@@ -23,20 +24,23 @@ from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import MODES, SACConfig, checkpoint_blocks
 from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
+from tests.support.watched import Watched
 
 TOKENS = LAYOUT.num_tokens
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products as they are executed."""
+@contextmanager
+def attentions() -> Iterator[Counter[int]]:
+    """Fused attention operators as they are executed, by the number of keys."""
+    keys: Counter[int] = Counter()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    def see(func, args) -> None:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            keys[args[1].shape[2]] += 1
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-        return func(*args, **(kwargs or {}))
+    with Watched(see):
+        yield keys
 
 
 def prepared(mode: str, *, every: int = 1, keep_last: int = 0, layers: int = CONFIG.num_layers) -> tuple[WanDiT, Counter]:
@@ -82,11 +86,11 @@ def test_every_nth_block_but_the_last_runs_again(mode: str, every: int, kept: in
     plain, _ = prepared("none", layers=5)
     forward(plain).square().mean().backward()
     net, runs = prepared(mode, every=every, keep_last=kept, layers=5)
-    with Attentions() as counted:
+    with attentions() as keys:
         forward(net).square().mean().backward()
     assert {i for i, count in runs.items() if count == 2} == again
     assert sum(runs.values()) == 5 + len(again)
-    assert counted.keys[CONFIG.text_len] == 5 + len(again) * (mode != "mm_only")
+    assert keys[CONFIG.text_len] == 5 + len(again) * (mode != "mm_only")
     for (name, p), (_, q) in zip(net.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
 
@@ -96,33 +100,21 @@ def test_which_products_run_again() -> None:
     counts = {}
     for mode in MODES:
         net, _ = prepared(mode)
-        with Products() as products:
+        seen = Counter()
+        with Watched(lambda func, _, seen=seen: seen.update([func])):
             loss = forward(net).square().mean()
             loss.backward()
-        counts[mode] = products.count
+        counts[mode] = sum(seen[product] for product in PRODUCTS)
     assert counts["none"] == counts["mm_only"] < counts["block_wise"] == counts["block_wise_keep_attention"]
     assert counts["block_wise_keep_attention_mlp"] == counts["block_wise"] - CONFIG.num_layers
-
-
-class Attentions(TorchDispatchMode):
-    """Counts fused attention operators as they are executed, by the number of keys."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys: Counter[int] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
-            self.keys[args[1].shape[2]] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("mode", "selfs", "crosses"), [("block_wise", 2, 2), *((mode, 1, 2) for mode in KEEPING), ("mm_only", 1, 1)])
 def test_which_attention_runs_again(mode: str, selfs: int, crosses: int) -> None:
     net, _ = prepared(mode)
-    with Attentions() as counted:
+    with attentions() as keys:
         forward(net).square().mean().backward()
-    assert counted.keys == {TOKENS: selfs * CONFIG.num_layers, CONFIG.text_len: crosses * CONFIG.num_layers}
+    assert keys == {TOKENS: selfs * CONFIG.num_layers, CONFIG.text_len: crosses * CONFIG.num_layers}
 
 
 class _Launched(torch.autograd.Function):

@@ -34,13 +34,7 @@ from rcm.parallel.checkpointing import checkpoint_blocks
 from rcm.parallel.init import on_meta
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.memory_trace import MemoryTrace
-
-
-class _Silent:
-    """A kernel whose launch does nothing."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: None
+from tests.support.watched import SilentKernel
 
 
 class _Attention(torch.autograd.Function):
@@ -78,7 +72,7 @@ def silence_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def silence(module: ModuleType) -> None:
         for name, value in vars(module).items():
             if type(value).__name__ in ("JITFunction", "InterpretedFunction"):
-                monkeypatch.setattr(module, name, _Silent())
+                monkeypatch.setattr(module, name, SilentKernel())
 
     silence(norm_kernels)
     silence(pointwise_kernels)

@@ -10,25 +10,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcm.train.optim import AdamWConfig
 from tests.support.dist import run_ranks
+from tests.support.watched import Watched
 
 CONFIG = AdamWConfig(lr=1e-2)
-
-
-class Updates(TorchDispatchMode):
-    """Kinds of tensors that the optimiser's kernel is dispatched for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kinds: set[type] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "adam" in str(func):
-            self.kinds |= {type(tensor) for tensor in args[0]}
-        return func(*args, **(kwargs or {}))
 
 
 def updated() -> dict[str, object]:
@@ -42,15 +29,19 @@ def updated() -> dict[str, object]:
         torch.optim.AdamW(whole, fused=True, **options),
         CONFIG.build(net.parameters()),
     )
-    with Updates() as seen:
-        for step in range(3):
-            for p, q in zip(net.parameters(), whole, strict=True):
-                q.grad = torch.linspace(-1, step, q.numel()).view_as(q)
-                p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
-            seen.kinds.clear()
+    kinds: set[type] = set()  # of the tensors that the optimiser's kernel is dispatched for
+
+    def see(func, args) -> None:
+        if "adam" in str(func):
+            kinds.update(map(type, args[0]))
+
+    for step in range(3):
+        for p, q in zip(net.parameters(), whole, strict=True):
+            q.grad = torch.linspace(-1, step, q.numel()).view_as(q)
+            p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+        with Watched(see):
             optimizer.step()
-            kinds = set(seen.kinds)
-            oracle.step()
+        oracle.step()
     states = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     return {
         "same": all(torch.equal(p.full_tensor(), q) for p, q in zip(net.parameters(), whole, strict=True)),
