@@ -70,12 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     told = "say what a file is, which network fits, what is missing, where to pass it"
     look = commands.add_parser("inspect", help=told)
-    look.add_argument("path", nargs="+")
+    look.add_argument("path", nargs="+", type=Path)
     look.add_argument("--json", action="store_true", help="one JSON list instead of text")
     turn = commands.add_parser("convert", help="write one network of a file in another form")
     add = turn.add_argument
-    add("source")
-    add("target", help=".pth, .pt, .safetensors, .dcp, or a folder")
+    add("source", type=Path)
+    add("target", type=Path, help=".pth, .pt, .safetensors, .dcp, or a folder")
     told = "names and patch weight of this family (default: rcm)"
     add("--to", choices=sorted(FORMS), default="rcm", help=told)
     told = "which copy; ema takes the only one too (default: ema)"
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     told = "alpha of every --lora (default: that of its file, else its rank)"
     add("--lora_alpha", type=float, help=told)
     told = "weights below SOURCE's adapters (default: where it says they were)"
-    add("--base", metavar="PATH", help=told)
+    add("--base", type=Path, metavar="PATH", help=told)
     told = "write SOURCE's adapters alone, in this layout"
     add("--adapters", choices=sorted(LAYOUTS), help=told)
     told = "cut a folder into shards of at most this size"
@@ -197,7 +197,7 @@ def size_in_bytes(word: str) -> int:
     number = word[: len(word) - len(unit)]
     try:
         return int(float(number) * UNITS.get(unit, 1))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # infinite
         raise argparse.ArgumentTypeError(
             f"{word!r} is no size; write 5GB, 500MB or a number of bytes"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -28,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Arguments(description=__doc__)
     add, here = parser.add_argument, "checkpoints/iter_000010000/model"
     told = "DCP directory (iter_*/model), its parent iter_*, or a job directory"
-    add("--dcp_checkpoint_dir", default=here, help=f"{told} (default: %(default)s)")
+    add("--dcp_checkpoint_dir", type=Path, default=here, help=f"{told} (default: %(default)s)")
     told = "target file: .pth, .pt or .safetensors (default: %(default)s)"
-    add("--save_path", default="saved_model.pt", help=told)
+    add("--save_path", type=Path, default="saved_model.pt", help=told)
     told = "which weights (default: ema)"
     add("--weights", choices=sorted(PREFIXES), default="ema", help=told)
     told = "stored dtype (default: bf16)"

@@ -118,14 +118,23 @@ def test_wrong_calls_write_nothing(tmp_path, capsys):
         (("convert", source, tmp_path / "x.pth", "--lora", f"{source}:nan"), 2, "'nan' is no number"),
         (("convert", source, tmp_path / "x.pth", "--lora", source, "--lora_alpha", "inf"), 2, "alpha inf"),
         (("convert", source, tmp_path / "x.pth", "--lora", source), 1, "is no factor of a low-rank update"),
+        (("convert", source, tmp_path / "x.pth", "--lora", ""), 1, "path of the weights is empty"),
         (("convert", source, tmp_path / "x.safetensors", "--to", "self_forcing"), 2, "which only .pt and .pth hold"),
     ):
         assert run(*words) == code
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("checkpoint ")]
         assert sentence in line
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "there.pth").read_bytes() == b"mine"
-    with pytest.raises(SystemExit):
-        run("convert", source, tmp_path / "x", "--max_shard_size", "big")
+    for words, told in (
+        (("convert", source, tmp_path / "x", "--max_shard_size", "big"), "'big' is no size"),
+        (("convert", source, tmp_path / "x", "--max_shard_size", "infGB"), "'infGB' is no size"),
+        (("convert", "", tmp_path / "x"), "argument source: '' is no path"),  # and not this folder
+        (("convert", source, ""), "argument target: '' is no path"),
+        (("inspect", source, " "), "argument path: '' is no path"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_dcp_to_pth_takes_checkpoints_of_rcm(tmp_path):
