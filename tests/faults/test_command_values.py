@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rcm.inference import stream
-from scripts import bench_memory, demo, vbench_sample, vbench_score
+from scripts import bench_memory, vbench_sample, vbench_score
 from tests.faults.case import Fault, each, kept_folder
 from tests.support.tiny_wan_files import WanFiles, write_wan_files
 
@@ -50,20 +50,6 @@ def plain(name: str, refusal: str, command: object, words: Sequence[str], *, kin
     """A command with these words; FOLDER in them is the case's."""
     argv = lambda folder: [word.replace("FOLDER", str(folder)) for word in words]  # noqa: E731
     return Fault(name, kind=kind, refusal=refusal, main=command.main, argv=argv, after=_nothing_written, deadline=DEADLINE)
-
-
-def _demo(name: str, refusal: str, *words: str) -> Fault:
-    return plain(name, refusal, demo, ["--out", "FOLDER/demo", *words], kind="values of demo")
-
-
-def _foreign_folder(folder: Path) -> list[object]:
-    (folder / "mine").mkdir()
-    (folder / "mine" / "thesis.tex").write_text("years of work")
-    return ["--out", folder / "mine", "--fresh"]
-
-
-def _still_there(folder: Path) -> None:
-    assert (folder / "mine" / "thesis.tex").read_text() == "years of work"
 
 
 STREAM = [
@@ -127,20 +113,6 @@ WAN = [
 ]
 
 OTHERS = [
-    *(
-        _demo(f"{flag} {value}", f"--{flag}", f"--{flag}={value}")
-        for flag, values in {"scale": ("nan", "inf", "0", "-1"), "videos": ("nan", "0", "-8", "7")}.items()
-        for value in values
-    ),
-    Fault(
-        "a folder of somebody's",
-        kind="values of demo",
-        refusal="holds files that no demo wrote",
-        main=demo.main,
-        argv=_foreign_folder,
-        after=_still_there,
-        deadline=DEADLINE,
-    ),
     *(
         plain(
             f"{words[0]} {words[1][:12]}",

@@ -1,8 +1,9 @@
-"""Numbers of command lines: what is said of one that is none."""
+"""Numbers of command lines: what is said of one that is none, or out of range."""
 
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 
@@ -10,7 +11,17 @@ from rcm.core.errors import ConfigError
 from rcm.inference.flag_ranges import check_numbers
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_called_so(number):
-    with pytest.raises(ConfigError, match=r"--sigma_max .* must be a finite number, from 0.001 to 1e\+09"):
-        check_numbers(argparse.Namespace(sigma_max=number))
+@pytest.mark.parametrize(
+    ("name", "number", "told"),
+    [
+        *(("sigma_max", number, "must be a finite number, from 0.001 to 1e+09") for number in (float("nan"), float("inf"), -float("inf"))),
+        ("sigma_max", -1.0, "--sigma_max -1 must be positive, at least 0.001"),
+        ("timestep_shift", -3.0, "--timestep_shift -3 must be positive, at least 0.01 (1: no shift)"),
+        ("num_steps", 0, "--num_steps 0 must be at least 1"),
+        ("seed", 10**20 - 1, "--seed 99999999999999999999 must be at most 4294967295"),
+        ("fps", 2000.0, "--fps 2000 must be at most 1000"),
+    ],
+)
+def test_what_is_said_of_a_number(name, number, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check_numbers(argparse.Namespace(**{name: number}))
