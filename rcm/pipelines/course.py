@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rcm.core.errors import first_line
 from rcm.pipelines.stream_ranks import Meeting
-from rcm.pipelines.stream_spec import StreamCancelled
+from rcm.pipelines.stream_spec import StreamCancelled, SwitchRefused
 
 
 class Course:
@@ -28,6 +28,8 @@ class Course:
         """
         try:
             yield
+        except SwitchRefused:  # before anything is changed
+            raise
         except BaseException as error:
             self.ranks.adrift |= in_pass
             self.failed = error

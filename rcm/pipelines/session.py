@@ -85,7 +85,8 @@ class Session:
             raise
 
     def _open(self, denoiser: VelocityModel, cond: Condition, prefix: Tensor | None) -> None:
-        self._begin(cond, prefix)
+        self._steering = Steering(self.spec.for_batch(cond))
+        self._begin(self.spec.given(prefix, device=self.device))
         lease(self.spec.generator, self)
         self._loop = new_loop(
             denoiser,
@@ -98,17 +99,15 @@ class Session:
         self._loop.watch = self._guard.step
         require_fitting(self._steering.cond, self._loop)
 
-    def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
-        given, cond = self.spec.given(prefix, device=self.device), self.spec.for_batch(cond)
+    def _begin(self, given: tuple[int, Tensor | None]) -> None:
         self._begun = time.perf_counter()
-        (self._given, self._prefix), self._steering = given, Steering(cond)
+        self._given, self._prefix = given
         self._guard = FiniteGuard()
         self._refused: SwitchRefused | None = None
         self._block = 0
         self._pending: Pending | None = None
         self._ahead: tuple[int, Tensor] | None = None
         self._pieces: deque[tuple[int, Tensor]] = deque()
-        self._course.failed = None
 
     @one_thread
     def restart(
@@ -126,12 +125,13 @@ class Session:
         lease(self.spec.generator, self)
         # refuse before anything is changed
         spec = self.spec if seed is None else replace(self.spec, seed=seed)
-        before = self._steering
-        if cond is not None:
-            require_fitting(spec.for_batch(cond), self._loop)
-        self._begin(before.cond if cond is None else cond, prefix)
+        given = spec.given(prefix, device=self.device)
+        cond = self._steering.cond if cond is None else spec.for_batch(cond)
+        require_fitting(cond, self._loop)
         with self._course.marking(in_pass=False):
-            before.end()
+            self._steering.end()
+            self._steering.cond = cond
+            self._begin(given)
             self.spec = spec
             if spec.generator is not None and seed is not None:
                 spec.generator.manual_seed(seed)
@@ -140,6 +140,7 @@ class Session:
             self._loop.restart(canvas=canvas, noise=spec.new_noise(self._given, device=self.device))
             if self._lane is not None:
                 self._lane.restart()
+            self._course.failed = None
 
     @property
     def next_block(self) -> int:
@@ -182,23 +183,26 @@ class Session:
         if self.ended:
             self._require_finite(wait=True)
             return None
-        if not self._pieces:
-            block, latents = self._ahead or self._produce()
-            self._ahead = None
-            alone = self.spec.first_alone and block == 0 and latents.shape[2] > 1
-            parts = latents.split([1, latents.shape[2] - 1], dim=2) if alone else (latents,)
-            self._pieces.extend((block, part) for part in parts)
-        block, latents = self._pieces.popleft()
         with self._course.marking(in_pass=False):
-            decoding = None if self._lane is None else self._lane.decode(latents)
+            return self._handed_out()
+
+    def _handed_out(self) -> StreamedChunk:
+        if not self._pieces:
+            block, x0 = self._ahead or self._produce()
+            self._ahead = None
+            alone = self.spec.first_alone and block == 0 and x0.shape[2] > 1
+            parts = x0.split([1, x0.shape[2] - 1], dim=2) if alone else (x0,)
+            self._pieces.extend((block, part) for part in parts)
+        block, x0 = self._pieces.popleft()
+        latents = x0.float()  # whoever gets them may write to them
+        decoding = None if self._lane is None else self._lane.decode(latents)
         self._guard.handed(block, decoding.reading if decoding else Reading(latents))
         if self.spec.look_ahead and not self._pieces and not self._last:
             try:
                 self._ahead = self._produce()
             except SwitchRefused as error:  # this chunk is whole: the next step tells
                 self._refused = error
-        with self._course.marking(in_pass=False):
-            frames, images = (None, None) if decoding is None else decoding.result()
+        frames, images = (None, None) if decoding is None else decoding.result()
         self._require_finite(wait=decoding is not None)
         frames = latents if frames is None else frames
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
@@ -228,6 +232,8 @@ class Session:
         receipt = self._steering.ask(cond, mode)
         if self._last:
             self._steering.refuse(None, "the last chunk of this stream was made before")
+        if self._course.cancelled:  # meanwhile
+            self._steering.refuse(None, "the stream ended before")
         return receipt
 
     @one_thread
@@ -266,10 +272,9 @@ class Session:
         self._course.require_open()
         require_alike(state, self._maker(), self.spec)
         lease(self.spec.generator, self)
-        self._course.failed = self._refused = None
-        self._guard.forget()
-        self._steering.refuse(None, "a snapshot was taken up before")
         with self._course.marking():
+            self._refused = None
+            self._guard.forget()
             self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
             for name in _KEPT:
                 setattr(self, f"_{name}", state[name])
@@ -278,6 +283,7 @@ class Session:
             self._loop.load_state(state["loop"])
             if self._lane is not None:
                 self._lane.load_state(state["decoder"])
+            self._course.failed = None
 
     def _maker(self) -> dict[str, str]:
         return maker(self.spec, self._loop, decoder=self._lane and self._lane.codec)
@@ -315,8 +321,8 @@ class Session:
         self.close()
 
     def _produce(self) -> tuple[int, Tensor]:
-        """Latents of the next block: given, or denoised after the context of the one before was
-        committed.
+        """Latents float64 of the next block: given, or denoised after the context of the one before
+        was committed.
         """
         change = self._change_due()
         with self._course.marking():
@@ -325,10 +331,10 @@ class Session:
             block = self._block
             self._block += 1
             self._guard.begun(block, self._loop)
-            latents = self._given_block(block) if block < self._given else self._denoised(block)
+            x0 = self._given_block(block) if block < self._given else self._denoised(block)
             if self.spec.settled:
                 self._leave_context()
-            return block, latents
+            return block, x0
 
     def _denoised(self, block: int) -> Tensor:
         plan = self.spec.recipe.plan(block, prefix_blocks=self._given)
@@ -336,14 +342,14 @@ class Session:
         # a chunk sees its own codes in the step that leaves them, the last chunk, too
         result = self._loop.denoise(plan, self._steering.cond, keep=coded or not last)
         self._pending = result
-        return result.x0.float()
+        return result.x0
 
     def _given_block(self, block: int) -> Tensor:
         plan, t = self.spec.given_chunk(block, given=self._given)
         assert self._prefix is not None
         x = self._prefix[:, :, plan.start : plan.stop]
         self._pending = (plan, x, t)
-        return x.float()
+        return x
 
     def _change_due(self) -> Change | None:
         """The change of condition that the next chunk takes up, refused before the old one is gone,

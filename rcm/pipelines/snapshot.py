@@ -41,7 +41,8 @@ def maker(spec: StreamSpec, loop: ChunkLoop, *, decoder: object) -> dict[str, st
         "sampling kind": recipe.kind,
         "guidance": "none" if guide is None else f"{guide.scale}",
         "negative prompt": "none" if guide is None else digest(guide.negative.text),
-        "noise": spec.noise,
+        # that of a video has been drawn, to its end
+        "noise": "chunk" if spec.noise == "chunk" else f"video of {spec.num_frames} frames",
         "draw_on": "-" if spec.noise == "video" else str(spec.draw_on),
         "policy": told(spec.policy),
         "room of the cache in frames": str(spec.cache_frames),

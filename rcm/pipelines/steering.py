@@ -4,7 +4,7 @@ contexts that can be entered anew for it.
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -57,27 +57,27 @@ class Steering:
 
     def __init__(self, cond: Condition) -> None:
         self.cond = cond
-        self._wanted = deque[Change]()  # at most one; asked for by any thread
+        self._wanted: Change | None = None
+        self._lock = threading.Lock()  # any thread asks
         self._contexts: dict[int, tuple[Tensor, float]] = {}
 
     @property
     def asked(self) -> bool:
         """Whether a change waits for the next chunk."""
-        return bool(self._wanted)
+        return self._wanted is not None
 
     def ask(self, cond: Condition, mode: SwitchMode) -> Receipt:
         """See `Session.set_condition`."""
         if mode not in ("keep", "recache"):
             raise ConfigError(f"switch mode {mode!r} is not one of 'keep', 'recache'")
-        while self._wanted:
-            self._wanted.pop()[2].superseded = True
         receipt = Receipt()
-        self._wanted.append((cond, mode, receipt))
+        if (old := self._exchanged((cond, mode, receipt))) is not None:
+            old[2].superseded = True
         return receipt
 
     def due(self, loop: ChunkLoop) -> tuple[Change | None, SwitchRefused | None]:
         """The change that is taken up now, and why it cannot be."""
-        change = self._wanted.pop() if self._wanted else None
+        change = self._exchanged(None)
         try:
             if change is not None and change[1] == "recache":
                 self.replayed(loop)
@@ -87,9 +87,7 @@ class Steering:
 
     def refuse(self, change: Change | None, why: str) -> None:
         """Tell the receipt of `change`, or of the one that waits, which is taken back."""
-        if change is None and self._wanted:
-            change = self._wanted.pop()
-        if change is not None:
+        if (change := change or self._exchanged(None)) is not None:
             change[2].refused = why
 
     def apply(self, change: Change, loop: ChunkLoop, *, block: int) -> None:
@@ -147,10 +145,18 @@ class Steering:
 
     def state(self) -> dict[str, Any]:
         """What `load_state` goes on from."""
-        wanted = [(cond, mode) for cond, mode, _ in self._wanted]
+        wanted = self._wanted and self._wanted[:2]
         return {"cond": self.cond, "wanted": wanted, "contexts": dict(self._contexts)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up a `state`; nobody holds the receipts of its changes."""
         self.cond, self._contexts = state["cond"], dict(state["contexts"])
-        self._wanted = deque((cond, mode, Receipt()) for cond, mode in state["wanted"])
+        wanted = state["wanted"] and (*state["wanted"], Receipt())
+        if (old := self._exchanged(wanted)) is not None:
+            old[2].refused = "a snapshot was taken up before"
+
+    def _exchanged(self, change: Change | None) -> Change | None:
+        """What was wanted, in whose place `change` is now."""
+        with self._lock:
+            old, self._wanted = self._wanted, change
+        return old

@@ -17,7 +17,7 @@ from rcm.core.errors import ConfigError
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.pipelines.decode_lane import Decoding
 from rcm.pipelines.session import Session
-from rcm.pipelines.stream_spec import Receipt, StreamCancelled, StreamSpec
+from rcm.pipelines.stream_spec import StreamCancelled, StreamSpec
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -180,6 +180,28 @@ def test_a_longer_stream_goes_on_where_a_shorter_one_ended(denoiser, recipe, opt
     assert not long.set_condition(cond(seed=5), mode="recache").refused and long.step().block == 5
 
 
+def test_drawn_noise_ends_with_its_video(denoiser):
+    short, long = (opened(denoiser, num_frames=count, noise="video") for count in (5, 9))
+    chunks(short, 2)
+    with pytest.raises(ConfigError, match="another noise: video of 5 frames, here video of 9 frames"):
+        long.restore(short.snapshot())
+
+
+def test_what_was_handed_out_may_be_written_to(denoiser):
+    """Snapshots hold chunks that were made ahead, or not handed out as a whole."""
+    session = opened(denoiser, replace(RECIPE, pattern="c2-1"), look_ahead=True, first_alone=True)
+    for _ in range(2):
+        state = (session.step(), session.snapshot())[1]
+        following = chunks(session, 2)
+        for _ in range(2):
+            session.restore(state)
+            handed = [session.step().latents for _ in range(2)]
+            assert torch.equal(torch.cat(handed, dim=2), following)
+            for x in handed:
+                x.zero_()
+        session.restore(state)
+
+
 @pytest.mark.parametrize("state", [None, {}, [], "state", {"seed": 1}])
 def test_what_is_no_snapshot_is_refused(denoiser, state):
     with pytest.raises(ConfigError, match="state"):
@@ -278,44 +300,7 @@ def test_all_that_a_policy_remembers_is_taken_up(denoiser, name):
     assert same(mine, theirs)
 
 
-def test_who_waits_for_a_change_hears_of_its_end(denoiser):
-    def waiting(session: Session) -> Receipt:
-        chunks(session, 2)
-        return session.set_condition(cond(seed=5))
-
-    session = opened(denoiser)
-    chunks(session, 2)
-    state, told = session.snapshot(), []
-    for end in (session.restart, lambda: session.restore(state), session.close):
-        receipt = waiting(session)
-        end()
-        told.append(receipt.refused)
-    last = opened(denoiser, num_frames=2)
-    told.append(waiting(last).refused)
-    assert told == ["the stream ended before", "a snapshot was taken up before", "the stream ended before",
-                    "the last chunk of this stream was made before"]  # fmt: skip
-    assert last.step() is None
-
-
-@pytest.mark.parametrize(("owner", "name", "told"), [("loop", "refill", "failed as it"), ("_steering", "due", "ended before")])
-def test_who_asked_for_a_change_hears_that_it_broke_off_as_it_was_taken_up(denoiser, monkeypatch, owner, name, told):
-    session = opened(denoiser)
-    chunks(session, 3)
-    receipt, real = session.set_condition(cond(seed=5), mode="recache"), getattr(getattr(session, owner), name)
-
-    def stopped(*arguments):
-        found = real(*arguments)
-        session.cancel()  # from another thread
-        session._course.require_open() if name == "refill" else None
-        return found
-
-    monkeypatch.setattr(getattr(session, owner), name, stopped)
-    with pytest.raises(StreamCancelled):
-        session.step()
-    assert receipt.applied_at is None and told in receipt.refused
-
-
-@pytest.mark.parametrize("where", ["pass", "decoder", "pixels"])
+@pytest.mark.parametrize("where", ["pass", "decoder", "looks", "pixels"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
 def test_a_stream_that_was_broken_off_makes_no_chunk_of_half_a_past(denoiser, monkeypatch, where, kind):
     """Nor with a decoder that missed a chunk."""
@@ -325,7 +310,8 @@ def test_a_stream_that_was_broken_off_makes_no_chunk_of_half_a_past(denoiser, mo
 
     session = opened(denoiser, codec=Decoder())
     state = (chunks(session, 3), session.snapshot())[1]
-    target, name = {"pass": (session.loop, "denoise"), "decoder": (session._lane, "decode"), "pixels": (Decoding, "result")}[where]
+    target, name = {"pass": (session.loop, "denoise"), "decoder": (session._lane, "decode"),
+                    "looks": (session._guard, "handed"), "pixels": (Decoding, "result")}[where]  # fmt: skip
     monkeypatch.setattr(target, name, stop)
     with pytest.raises(kind):
         session.step()
