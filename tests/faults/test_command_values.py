@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rcm.inference import stream
-from scripts import bench_memory, vbench_sample, vbench_score
+from scripts import vbench_sample, vbench_score
 from tests.faults.case import Fault, each, kept_folder
 from tests.support.tiny_wan_files import WanFiles, write_wan_files
 
@@ -130,7 +130,6 @@ OTHERS = [
         )
     ),
     plain("a folder that is not there", "none", vbench_score, ["--videos_path", "FOLDER/none"], kind="values of vbench_score"),
-    plain("a case without a card", "CUDA", bench_memory, [], kind="values of benchmarks"),
 ]
 
 

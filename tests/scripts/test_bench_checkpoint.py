@@ -47,25 +47,6 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, capsys, monkeypatch):
     assert "the disk is on fire" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--blocks", "3"], "--blocks 3 must be in 1 to the 2 of tiny"),
-        (["--repeats", "0"], "--repeats 0 must be at least 1"),
-        (["--of", "tiny", "--gpus", "0"], "--gpus 0 must be at least 1"),
-        (["--size", "7B"], "invalid choice"),
-        (["--folder", "/nowhere"], "/nowhere"),
-    ],
-)
-def test_refusals(words, told, capsys):
-    try:
-        status = bench_checkpoint.main([*TINY, *words])
-    except SystemExit as end:
-        status = end.code
-    said = capsys.readouterr().err
-    assert status == 2 and told in said and said.count("\n") == 1
-
-
 def test_no_room(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(bench_checkpoint.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 10**6}))
     assert bench_checkpoint.main([*TINY, "--folder", str(tmp_path)]) == 2

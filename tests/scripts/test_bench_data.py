@@ -31,26 +31,3 @@ def test_an_index_of_a_set_that_is_not_there(tmp_path, capsys, monkeypatch):
     (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert (row["samples"], row["shards"]) == (3000, 100) and row["index_bytes"] > 3000 * 64 and row["position_bytes"] < 200
     assert "open_seconds" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == ["o.json"]
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--batch", "0"], "--batch 0 must be at least 1"),
-        (["--step_seconds", "nan"], "--step_seconds nan must be positive"),
-        (["--workers", "-1"], "--workers -1 must be at least 0"),
-        (["--latents", "2x3"], "--latents takes four sizes"),
-        (["--latents", "2x0x1x1"], "is not sizes joined by x"),
-        (["--index", "10", "--shards", "3"], "choose a divisor"),
-        (["--data", "/nowhere/*.tar"], "change --data"),
-        (["--batch", "99"], "18 samples do not fill one global batch of 99"),
-        (["--folder", "/nowhere"], "/nowhere"),
-    ],
-)
-def test_refusals(words, told, capsys):
-    try:
-        status = bench_data.main([*SMALL, *words])
-    except SystemExit as end:
-        status = end.code
-    said = capsys.readouterr().err
-    assert status == 2 and told in said and said.count("\n") == 1

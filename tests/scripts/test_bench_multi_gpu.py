@@ -52,10 +52,8 @@ def refusal(*words: str) -> tuple[int, str]:
 
 
 @pytest.mark.dist
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys) -> None:
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     """Before anything runs where that can be, and never as a difference of numbers."""
-    assert ran("--dim", "130", "--truth", "x.pt") == 2
-    assert "--dim 130 must be a multiple of 128" in capsys.readouterr().err
     missing = f"{tmp_path}/none.pt"
     for status, said in run_ranks(2, refusal, "--truth", missing, tmp_path=tmp_path):
         assert status == 2 and said.count("\n") == 1

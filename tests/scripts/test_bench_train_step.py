@@ -12,7 +12,6 @@ import torch
 from rcm.nets.layout import TokenLayout
 from scripts import bench_measure
 from scripts.bench_measure import floor_of, kind_of, write
-from scripts.bench_train_step import main
 from scripts.bench_train_student import NoiseTeacher
 from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 
@@ -51,12 +50,6 @@ def test_floor_counts_every_product_and_attention_call(monkeypatch):
     assert sum(part["count"] for part in found["parts"]) == products + 2 * blocks
     assert found["floor_ms"] == 2.0 * sum(part["count"] for part in found["parts"])
     assert len(calls) == len(found["parts"])
-
-
-def test_refuses_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([]) == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
