@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,23 @@ def _score_videos(flags: argparse.Namespace, suite: Suite, results: Path) -> boo
     )
     wanted = [name for name in flags.dimension or suite.names if not launch.result(name).is_file()]
     lost = {name: missing_videos(flags.videos_path, rows, name) for name in wanted}
+    prompts = Counter(name for row in rows for name in row["dimension"])
+    # VBench divides by their number
+    none = [name for name in wanted if len(lost[name]) == SCORED_SAMPLES * prompts[name]]
     lost = {name: files for name, files in lost.items() if files}
     if flags.dry_run:
         _tell(launch, wanted, lost)
         return True
-    if lost and not flags.partial:
+    if flags.partial:
+        wanted = [name for name in wanted if name not in none]
+        for name in none:
+            print(f"{name}: left out, there is no video of it")
+    elif unasked := [name for name in none if not prompts[name]]:
+        raise ConfigError(
+            f"no prompt to score has the dimension {unasked[0]}; name others with --dimension, or"
+            " pass --partial"
+        )
+    elif lost:
         name, files = next(iter(lost.items()))
         raise ConfigError(
             f"{len(files)} videos of {name} are missing in {flags.videos_path} or empty, the first"

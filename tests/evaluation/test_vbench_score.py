@@ -45,10 +45,7 @@ def test_published_rows_add_up(name: str) -> None:
     score = aggregate({d: v / 100 for d, v in zip(PUBLISHED["dimensions"], row["values"], strict=True)})
     found = {"quality": score.groups["quality"], "semantic": score.groups["semantic"], "total": score.total}
     off = max(abs(100 * found[key] - row[key]) for key in found)
-    if name in MISPRINTED:
-        assert off == pytest.approx(MISPRINTED[name], abs=1e-3)
-    else:
-        assert off < 0.015
+    assert off == pytest.approx(MISPRINTED[name], abs=1e-3) if name in MISPRINTED else off < 0.015
 
 
 @pytest.mark.parametrize("name", PUBLISHED["totals"])
@@ -215,7 +212,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "site" / package).mkdir(parents=True)
         (tmp_path / "site" / package / "__init__.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    run = SuiteRun(items(), tmp_path / "v", num_samples=5)
+    run = SuiteRun([replace(item, dimensions=("scene", "color")) for item in items()], tmp_path / "v", num_samples=5)
     sample_suite(run, Noise(checkpoint={"weights": "ema"}), settings={"extended_prompts": True})
     (tmp_path / "v" / ".left.mp4.partial").write_bytes(b"half")
     (tmp_path / "v" / "notes.json").write_text("{}")
@@ -272,9 +269,13 @@ def test_clips_of_other_videos_are_cut_again(tmp_path: Path) -> None:
 
 
 def test_failures_of_vbench_are_told(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
+    assert score(stand_in, "--dimension", "scene", "human_action", "--partial") == 0
+    assert "human_action: left out, there is no video of it" in capsys.readouterr().out
+    assert score(stand_in, "--dimension", "human_action") == 2
+    assert "no prompt to score has the dimension human_action" in capsys.readouterr().err
     assert score(stand_in, "--dimension", "color", "--partial") == 2
     assert "VBench failed on color (exit status 1): ZeroDivisionError: no videos" in capsys.readouterr().err
-    assert main(["--videos_path", str(stand_in / "v"), "--vbench_python", str(stand_in / "no"), "--dimension", "scene", "--partial"]) == 2
+    assert main(["--videos_path", str(stand_in / "v"), "--vbench_python", str(stand_in / "no"), "--dimension", "color", "--partial"]) == 2
     assert "make one with `python -m scripts.vbench_env`" in capsys.readouterr().err
 
 
@@ -282,9 +283,8 @@ def test_dry_run_lists_commands_and_files(stand_in: Path, capsys: pytest.Capture
     assert score(stand_in, "--dry_run", "--vbench_cache", str(stand_in / "cache")) == 0
     said = capsys.readouterr().out
     assert said.count("--dimension") == 16 and all(file.path in said for file in FILES) and "in all 8,986,762,312 bytes" in said
-    assert not (stand_in / "v_eval_results").exists()
+    assert not (stand_in / "v_eval_results").exists() and "PYTHONUTF8=1" in said
     assert cache_folder("cache") == Path("cache").absolute(), "VBench runs in another folder"
-    assert "PYTHONUTF8=1" in said
     assert problems(stand_in, ["scene"]) == {"caption_model/tag2text_swin_14m.pth": "missing"} and not files_for(["temporal_flickering"])
 
 
