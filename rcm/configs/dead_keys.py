@@ -109,6 +109,10 @@ def _switched_off(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
         counts = f"{M}.sf_simulation_steps_per_chunk"
         stands = f"{counts}={list(model.sf_simulation_steps_per_chunk)} gives the steps"
         yield f"{M}.max_simulation_steps_fake", stands, f"change {counts}"
+    if isinstance(model, CausalConfig) and model.sf_backward_timestep_schedules:
+        times = f"{M}.sf_backward_timestep_schedules"
+        for name in ("backward_timesteps", "shift3_backward"):
+            yield f"{M}.{name}", f"{times} gives the times of every entry", f"change {times}"
     if isinstance(model, RCMConfig) and not model.fd_type:
         yield f"{M}.fd_size", f"{M}.fd_type=0 takes exact derivatives", "set that too"
     if isinstance(model, RCMConfig) and not model.dmd_fix_timesteps:
@@ -150,6 +154,9 @@ def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
         "max_simulation_steps_fake": critic,
         "p_D": critic,
     }
+    causal = isinstance(model, CausalConfig)
+    if not (causal and model.has.self_forced):
+        yield "trainer.keep_gathered_gib", f"{stage}, which makes no rollouts"
     if isinstance(model, CausalConfig):
         if not model.context.noisy:
             clean = "a run with context_from_last_step=False"
@@ -161,6 +168,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
             "loss_scale": kind != "sf_dmd",
             "p_G": scm or simple,
             "tangent_warmup": scm,
+            "jvp_implementation": scm,
+            "sample_timestep_shift": dcm or simple,
             "dcm_total_steps": dcm,
             "dcm_skipping_interval_steps": dcm,
             "loss_weighting": simple,
@@ -187,6 +196,7 @@ def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
         reads |= {
             "p_G": consistent and not dcm,
             "tangent_warmup": consistent,
+            "jvp_implementation": consistent and not dcm and model.fd_type < 2,
             **dict.fromkeys(("cm_type", "use_rf_scm", "tangent_form", "fd_type"), consistent),
             "dcm_total_steps": dcm,
             "dcm_skipping_interval_steps": dcm,

@@ -78,6 +78,7 @@ SWITCHED_OFF = {
     "size beside a size": (CUT, ["model.config.resolution=720p", "model.config.latent_hw=[8,8]"], "model.config.latent_hw=null"),
     "numbers of the other codec": (CUT, ["model.config.tokenizer.gain=2.0"], "model.config.tokenizer.name=toy"),
     "steps beside steps": (DMD, ["model.config.max_simulation_steps_fake=3"], "model.config.sf_simulation_steps_per_chunk=[]"),
+    "times beside times": (DMD, ["model.config.backward_timesteps=[0.7,0.5,0.2]"], "model.config.sf_backward_timestep_schedules=[]"),
     "a difference's step": (RCM, ["model.config.fd_size=0.01"], "model.config.fd_type=1"),
     "end of the head's cycle": (
         "toy_sf_dmd_gan_c3-3",
@@ -123,6 +124,12 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
         (DMD, ["model.config.causal_guidance=2"], ["model.config.causal_guidance=2.0 is not read by stage sf_dmd"]),
         (RCM, ["model.config.dcm_total_steps=9"], ["model.config.dcm_total_steps=9 is not read by stage rCM with cm_type=scm"]),
         (RCM, ["model.config.dcm_total_steps=9", "model.config.cm_type=dcm"], []),
+        (DMD, ["model.config.sample_timestep_shift=7"], ["model.config.sample_timestep_shift=7.0 is not read by stage sf_dmd"]),
+        (
+            TF,
+            ["trainer.keep_gathered_gib=1", "model.config.jvp_implementation=reference", "model.config.sample_timestep_shift=7"],
+            ["trainer.keep_gathered_gib=1.0 is not read by stage tf, which", "model.config.jvp_implementation=reference is not"],
+        ),
         (
             "toy_tf_c3-3",
             ["model.config.tokenizer.vae_pth=v.pth"],
