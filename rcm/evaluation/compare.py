@@ -59,20 +59,12 @@ class Comparison:
     differences: Mapping[str, Mapping[str, Interval]]
 
 
-def compare(
-    scores: Mapping[str, Mapping[str, ClipScores]],
-    *,
-    reference: str | None = None,
-    level: float = 0.95,
-) -> Comparison:
-    """Compare checkpoint -> video -> scores, over the same videos; `reference` None: the first."""
+def compare(scores: Mapping[str, Mapping[str, ClipScores]]) -> Comparison:
+    """Compare checkpoint -> video -> scores, over the same videos, with the first."""
     names = list(scores)
-    reference = names[0] if reference is None else reference
-    if len(names) < 2 or reference not in scores:
-        raise ConfigError(
-            f"a comparison needs at least two checkpoints and a reference among them, got {names}"
-            f" and {reference!r}"
-        )
+    if len(names) < 2:
+        raise ConfigError(f"a comparison needs at least two checkpoints, got {names}")
+    reference, *others = names
     videos = tuple(sorted(scores[reference]))
     for name in names:
         if different := set(scores[name]) ^ set(videos):
@@ -93,11 +85,10 @@ def compare(
         for m in metrics:
             values = [scores[name][v].values[m] for v in videos]
             base = [scores[less][v].values[m] for v in videos] if less else [0.0] * len(videos)
-            found[m] = bootstrap([a - b for a, b in zip(values, base, strict=True)], level=level)
+            found[m] = bootstrap([a - b for a, b in zip(values, base, strict=True)])
         return found
 
     means = {name: intervals(name) for name in names}
-    others = [name for name in names if name != reference]
     paired = {name: intervals(name, less=reference) for name in others}
     return Comparison(reference, videos, means, paired)
 

@@ -18,7 +18,6 @@ def write_metrics_page(
     scores: Mapping[str, ClipScores],
     *,
     title: str,
-    subtitle: str = "",
     machine: Mapping[str, Any],
 ) -> Path:
     """`report.html` beside the videos of `scores`: means, worst clips and their curves."""
@@ -32,7 +31,6 @@ def write_metrics_page(
     note = "Every clip that some metric finds worst."
     data = {
         "title": title,
-        "subtitle": subtitle,
         "machine": dict(machine),
         "tables": [
             _table(f"Mean of {len(scores)} clips", {"mean": means}, note=_legend(means)),

@@ -48,8 +48,8 @@ class Finding:
     words: str
 
 
-def run_side(results: str | Path, *, videos: str | Path | None = None) -> Side:
-    """A scored run; `videos` None: results `X_eval_results` belong to videos `X`."""
+def run_side(results: str | Path) -> Side:
+    """A scored run; results `X_eval_results` belong to videos `X`."""
     results = Path(results)
     found = read_results(results)
     side = Side(
@@ -57,12 +57,9 @@ def run_side(results: str | Path, *, videos: str | Path | None = None) -> Side:
         {name: result.score for name, result in found.items()},
         {name: result.num_videos for name, result in found.items() if result.num_videos},
     )
-    guessed = videos or os.path.abspath(results).removesuffix("_eval_results")
     try:
-        manifest = read_manifest(guessed)
+        manifest = read_manifest(os.path.abspath(results).removesuffix("_eval_results"))
     except ConfigError as error:
-        if videos is not None:
-            raise
         return replace(side, note=f"no record of how its videos were sampled: {error}")
     videos_made = manifest["videos"]
     samples = 1 + max((record["sample"] for record in videos_made.values()), default=0)

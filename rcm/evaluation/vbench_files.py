@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GRIT = ("object_class", "multiple_objects", "color", "spatial_relationship")
-_VICLIP = ("temporal_style", "overall_consistency")
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,16 @@ def parse_json(text: str | bytes, *, source: Path | str) -> Any:
         ) from error
 
 
-def read_object(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; errors as `parse_json`, also for another value and for a file that
-    cannot be opened or has more than `most_bytes`.
+    cannot be opened or has more than `MOST_BYTES`.
     """
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no file but a folder, a pipe or a device")
-        if path.stat().st_size > most_bytes:
+        if path.stat().st_size > MOST_BYTES:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, more than the {most_bytes} that such a"
+                f"{path} has {path.stat().st_size} bytes, more than the {MOST_BYTES} that such a"
                 " file may have"
             )
         content = path.read_bytes()
