@@ -18,6 +18,7 @@ from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import to_wan
 from rcm.nets.wan.model import WanDiT
 from rcm.train.export import read_weights
+from tests.support.tiny_checkpoint import LATENT_SHAPE
 
 FRAMES = {"c1-1": 3, "c3-3": 6, "c1-4": 9}
 """Pattern to latent frames: two blocks or more, and no more than that."""
@@ -57,6 +58,28 @@ def small(job: Path, *, frames: int = 6, iterations: int = 3, roles: Iterable[st
 def launch(*overrides: str) -> int:
     """Exit code of the training command with these words, run in this process."""
     return cli.main(overrides)
+
+
+def train_on(shards: Path, job: Path, experiment: str, *more: str, iterations: int = 2) -> int:
+    """Exit code of training a tiny network on shards of latents of `tiny_checkpoint`."""
+    sizes = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "text_dim": 24, "freq_dim": 16}
+    return cli.main(
+        [
+            f"experiment={experiment}",
+            f"dataloader_train.tar_path_pattern={shards}/*.tar",
+            *(f"model.config.net.{key}={value}" for key, value in sizes.items()),
+            f"model.config.state_t={LATENT_SHAPE[1]}",
+            "dataloader_train.batch_size=2",
+            f"trainer.max_iter={iterations}",
+            "trainer.logging_iter=1",
+            "trainer.progress_bar=False",
+            f"job.output_root={job.parent}",
+            "job.project=",
+            "job.group=",
+            f"job.name={job.name}",
+            *more,
+        ]
+    )
 
 
 def write_network(path: Path, *, seed: int = 0, **sizes: int) -> Path:

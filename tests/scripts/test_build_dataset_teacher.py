@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from rcm.configs import cli
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.data.latents import LatentShards
@@ -26,6 +25,7 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.wan_files import load_wan
 from scripts import teacher_source
 from scripts.build_dataset import main
+from tests.integration.entry import train_on
 from tests.support.dist import run_ranks
 from tests.support.tiny_checkpoint import FEW_STEP, LATENT_SHAPE, MANY_STEP, TEACHER, write_checkpoint
 from tests.support.tiny_wan_files import WanFiles, expect_a_tiny_vae, write_wan_files
@@ -58,25 +58,6 @@ def tars(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*.tar"))}
 
 
-def train(data: Path, job: Path) -> int:
-    sizes = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "text_dim": 24, "freq_dim": 16}
-    options = ["dataloader_train.batch_size=2", "trainer.max_iter=3", "trainer.logging_iter=1", "trainer.progress_bar=False"]
-    return cli.main(
-        [
-            "experiment=toy_tf_c3-3",
-            "data=toy_shards",
-            f"dataloader_train.tar_path_pattern={data}/*.tar",
-            *(f"model.config.net.{key}={value}" for key, value in sizes.items()),
-            f"model.config.state_t={LATENT_SHAPE[1]}",
-            "model.config.latent_hw=[4,4]",
-            *options,
-            *(f"job.{key}=" for key in ("project", "group")),
-            f"job.output_root={job.parent}",
-            f"job.name={job.name}",
-        ]
-    )
-
-
 def test_samples_are_the_teachers_videos_and_train_a_student(world, tmp_path, capsys):
     out = tmp_path / "data"
     assert run(*words(world, out)) == 0
@@ -95,7 +76,8 @@ def test_samples_are_the_teachers_videos_and_train_a_student(world, tmp_path, ca
     recipe = json.loads((out / "dataset.json").read_text())
     assert recipe["sampler"] | {"steps": 2, "guidance": 2.0, "shift": 5.0, "solver": "euler"} == recipe["sampler"]
     assert recipe["codec"]["name"] == "toy" and recipe["teacher"]["weights"] == "ema" and recipe["seed"] == 7
-    assert train(out, tmp_path / "job") == 0
+    more = ["data=toy_shards", "model.config.latent_hw=[4,4]"]
+    assert train_on(out, tmp_path / "job", "toy_tf_c3-3", *more, iterations=3) == 0
     lines = [json.loads(line) for line in (tmp_path / "job" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(math.isfinite(line["loss/tf"]) for line in lines)
 

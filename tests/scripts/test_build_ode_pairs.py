@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcm.configs import cli
 from rcm.data.latents import LatentShards
 from scripts.build_dataset import main as build_dataset
 from scripts.build_ode_pairs import main
+from tests.integration.entry import train_on
 from tests.support.tiny_checkpoint import LATENT_SHAPE, MANY_STEP, STUDENT, TEACHER, write_checkpoint
 
 CAUSAL_TEACHER = replace(TEACHER, pattern="c3-3")
@@ -48,24 +48,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def train(kind: str, data: Path, job: Path, *more: str) -> int:
-    sizes = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "text_dim": 24, "freq_dim": 16}
-    return cli.main(
-        [
-            f"experiment=toy_{kind}_c3-3",
-            f"dataloader_train.tar_path_pattern={data}/*.tar",
-            *(f"model.config.net.{key}={value}" for key, value in sizes.items()),
-            f"model.config.state_t={LATENT_SHAPE[1]}",
-            "dataloader_train.batch_size=2",
-            "trainer.max_iter=2",
-            "trainer.logging_iter=1",
-            "trainer.progress_bar=False",
-            f"job.output_root={job.parent}",
-            "job.project=",
-            "job.group=",
-            f"job.name={job.name}",
-            *more,
-        ]
-    )
+    return train_on(data, job, f"toy_{kind}_c3-3", *more)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("bidirectional", "df_kd"), ("causal", "tf_kd")])
