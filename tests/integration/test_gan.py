@@ -12,9 +12,8 @@ import torch
 from rcm.pipelines.wan_files import network_weights
 from rcm.pipelines.weight_files import open_weights
 from tests.integration.entry import SIZES, everything, launch, lines, same, stored, weights, write_network
-from tests.integration.test_ranks import CONTEXT, SHARD, close, dmd, exit_codes
+from tests.integration.test_ranks import SHARD, alike_in_every_layout, dmd
 from tests.integration.test_resume import M, self_forced
-from tests.support.dist import run_ranks
 
 GAN = [
     M + "gan={loss_scale:0.01,loss_scale_critic:0.5,hidden:8}",
@@ -131,24 +130,13 @@ def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path) -> None:
     """
     start, deep = (write_network(tmp_path / f"{n}.safetensors", seed=3, num_layers=n) for n in (1, 3))
 
-    def words(name: str, *more: str, iterations: int = 3) -> list[str]:
+    def words(job: Path, *more: str, iterations: int = 3) -> list[str]:
         teacher = M + f"bidirectional_teacher_ckpt={deep}"
-        first = M + "gan.blocks=[0,1]"
-        return dmd(tmp_path / name, start, *GAN, first, *DEEP, teacher, *more, iterations=iterations)
+        return dmd(job, start, *GAN, M + "gan.blocks=[0,1]", *DEEP, teacher, *more, iterations=iterations)
 
     assert SIZES["num_layers"] == 1
-    assert launch(*words("one")) == 0
-    commands = [
-        words("context", CONTEXT),
-        words("shard", SHARD),
-        words("replica"),
-        words("parts", SHARD, iterations=2),
-        words("parts", SHARD),
-    ]
-    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * len(commands)] * 2
-    close(tmp_path / "context", tmp_path / "one", rel=1e-6)
-    close(tmp_path / "shard", tmp_path / "replica", rel=1e-6)
-    assert lines(tmp_path / "shard")[0] != lines(tmp_path / "one")[0], "two data ranks read other samples than one"
+    parts = tmp_path / "parts"
+    alike_in_every_layout(tmp_path, words, words(parts, SHARD, iterations=2), words(parts, SHARD))
     assert lines(tmp_path / "parts") == lines(tmp_path / "shard")
     assert same(everything(tmp_path / "parts"), everything(tmp_path / "shard"))
     one, two = (weights(tmp_path / name, "fake_score") for name in ("one", "context"))

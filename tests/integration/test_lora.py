@@ -20,9 +20,8 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.wan_files import network_weights
 from rcm.pipelines.weight_files import open_weights
 from tests.integration.entry import everything, launch, lines, same, stored, weights, write_network
-from tests.integration.test_ranks import CONTEXT, SHARD, close, dmd, exit_codes, scm
+from tests.integration.test_ranks import exact_on_two_ranks
 from tests.integration.test_resume import self_forced
-from tests.support.dist import run_ranks
 
 M = "model.config."
 LORA = M + "lora.rank=2"
@@ -151,24 +150,8 @@ def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path, start: Path) -> 
     """Tangents, rollouts and both roles through FSDP2 and Ulysses, in float64 with blocks
     recomputed.
     """
-    more = [LORA, M + "net.sac_config.mode=block_wise"]
-    dmd_more = [*more, M + "net_fake_score.sac_config.mode=block_wise"]
-    assert launch(*scm(tmp_path / "scm_one", start, *more)) == 0
-    assert launch(*dmd(tmp_path / "dmd_one", start, *dmd_more)) == 0
-    commands = [
-        scm(tmp_path / "scm_context", start, CONTEXT, *more),
-        scm(tmp_path / "scm_shard", start, SHARD, *more),
-        scm(tmp_path / "scm_replica", start, *more),
-        dmd(tmp_path / "dmd_context", start, CONTEXT, *dmd_more),
-        dmd(tmp_path / "dmd_parts", start, CONTEXT, *dmd_more, iterations=2),
-        dmd(tmp_path / "dmd_parts", start, CONTEXT, *dmd_more),
-    ]
-    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * len(commands)] * 2
-    close(tmp_path / "scm_context", tmp_path / "scm_one", rel=1e-6)
-    close(tmp_path / "dmd_context", tmp_path / "dmd_one", rel=1e-6)
-    close(tmp_path / "scm_shard", tmp_path / "scm_replica", rel=1e-6)
-    assert lines(tmp_path / "dmd_parts") == lines(tmp_path / "dmd_context")
-    assert same(everything(tmp_path / "dmd_parts"), everything(tmp_path / "dmd_context"))
+    modes = [f"{M}{role}.sac_config.mode=block_wise" for role in ("net", "net_fake_score")]
+    exact_on_two_ranks(tmp_path, start, LORA, modes[0], critic=modes[1:])
     for kind in ("scm", "dmd"):
         one, two = weights(tmp_path / f"{kind}_one"), weights(tmp_path / f"{kind}_context")
         assert all(torch.allclose(two[name], one[name], rtol=1e-6, atol=1e-9) for name in one)

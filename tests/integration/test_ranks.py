@@ -5,6 +5,7 @@ rank and with each other, and resume exactly; torchrun starts it in both forms.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,10 @@ def exit_codes(commands: list[list[str]]) -> list[int]:
     return [launch(*words) for words in commands]
 
 
-def scm(job: Path, start: Path, *more: str, iterations: int = 3) -> list[str]:
+def scm(job: Path, start: Path, *more: str, iterations: int = 3, stage: str = "tf_scm") -> list[str]:
     """Tangents through a cache, with a guided teacher, in float64."""
     return [
-        "experiment=toy_tf_scm_c3-3",
+        f"experiment=toy_{stage}_c3-3",
         *small(job, roles=("net", "net_causal_teacher"), iterations=iterations),
         M + f"student_ckpt={start}",
         M + f"causal_teacher_ckpt={start}",
@@ -62,26 +63,45 @@ def close(a: Path, b: Path, *, rel: float) -> None:
         assert mine == pytest.approx(theirs, rel=rel)
 
 
+def exact_on_two_ranks(folder: Path, start: Path, *more: str, critic: Sequence[str] = ()) -> None:
+    """Tangents and rollouts: context parallelism is one rank, sharded is replicated, stopped is
+    unbroken. `critic`: more words where there is one.
+    """
+    both = [*more, *critic]
+    assert launch(*scm(folder / "scm_one", start, *more)) == launch(*dmd(folder / "dmd_one", start, *both)) == 0
+    commands = [
+        scm(folder / "scm_context", start, CONTEXT, *more),
+        scm(folder / "scm_shard", start, SHARD, *more),
+        scm(folder / "scm_replica", start, *more),
+        dmd(folder / "dmd_context", start, CONTEXT, *both),
+        dmd(folder / "dmd_parts", start, CONTEXT, *both, iterations=2),
+        dmd(folder / "dmd_parts", start, CONTEXT, *both),
+    ]
+    assert run_ranks(2, exit_codes, commands, tmp_path=folder) == [[0] * len(commands)] * 2
+    close(folder / "scm_context", folder / "scm_one", rel=1e-6)
+    close(folder / "dmd_context", folder / "dmd_one", rel=1e-6)
+    close(folder / "scm_shard", folder / "scm_replica", rel=1e-6)
+    assert lines(folder / "scm_shard")[0] != lines(folder / "scm_one")[0], "two data ranks read other samples than one"
+    assert lines(folder / "dmd_parts") == lines(folder / "dmd_context")
+    assert same(everything(folder / "dmd_parts"), everything(folder / "dmd_context"))
+
+
+def alike_in_every_layout(folder: Path, words: Callable[..., list[str]], *commands: list[str]) -> None:
+    """`words(job, *more)` with a sequence on two ranks is as on one, sharded as replicated;
+    `commands` run behind them.
+    """
+    assert launch(*words(folder / "one")) == 0
+    layouts = {"context": [CONTEXT], "shard": [SHARD], "replica": []}
+    commands = (*(words(folder / name, *more) for name, more in layouts.items()), *commands)
+    assert run_ranks(2, exit_codes, list(commands), tmp_path=folder) == [[0] * len(commands)] * 2
+    close(folder / "context", folder / "one", rel=1e-6)
+    close(folder / "shard", folder / "replica", rel=1e-6)
+    assert lines(folder / "shard")[0] != lines(folder / "one")[0], "two data ranks read other samples than one"
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path) -> None:
-    start = write_network(tmp_path / "start.safetensors", seed=3)
-    for kind in (scm, dmd):
-        assert launch(*kind(tmp_path / f"{kind.__name__}_one", start)) == 0
-    commands = [
-        scm(tmp_path / "scm_context", start, CONTEXT),
-        scm(tmp_path / "scm_shard", start, SHARD),
-        scm(tmp_path / "scm_replica", start),
-        dmd(tmp_path / "dmd_context", start, CONTEXT),
-        dmd(tmp_path / "dmd_parts", start, CONTEXT, iterations=2),
-        dmd(tmp_path / "dmd_parts", start, CONTEXT),
-    ]
-    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * len(commands)] * 2
-    close(tmp_path / "scm_context", tmp_path / "scm_one", rel=1e-6)
-    close(tmp_path / "dmd_context", tmp_path / "dmd_one", rel=1e-6)
-    close(tmp_path / "scm_shard", tmp_path / "scm_replica", rel=1e-6)
-    assert lines(tmp_path / "scm_shard")[0] != lines(tmp_path / "scm_one")[0], "two data ranks read other samples than one"
-    assert lines(tmp_path / "dmd_parts") == lines(tmp_path / "dmd_context")
-    assert same(everything(tmp_path / "dmd_parts"), everything(tmp_path / "dmd_context"))
+    exact_on_two_ranks(tmp_path, write_network(tmp_path / "start.safetensors", seed=3))
 
 
 @pytest.mark.slow
@@ -90,12 +110,7 @@ def test_long_rollouts_are_as_long_on_every_rank(tmp_path: Path) -> None:
     them waiting.
     """
     start, long = write_network(tmp_path / "start.safetensors", seed=3), M + "long_tuning={frames:18,window_blocks:2,sink_blocks:1}"
-    assert launch(*dmd(tmp_path / "one", start, long)) == 0
-    parts = {"context": [CONTEXT], "shard": [SHARD], "replica": []}
-    commands = [dmd(tmp_path / name, start, long, *more) for name, more in parts.items()]
-    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * 3] * 2
-    close(tmp_path / "context", tmp_path / "one", rel=1e-6)
-    close(tmp_path / "shard", tmp_path / "replica", rel=1e-6)
+    alike_in_every_layout(tmp_path, lambda job, *more: dmd(job, start, long, *more))
 
 
 def test_torchrun_starts_the_published_form(tmp_path: Path) -> None:

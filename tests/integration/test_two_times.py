@@ -12,25 +12,14 @@ import torch
 
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.two_times import SPAN, initial_span
-from tests.integration.entry import SIZES, launch, lines, small, stored, weights, write_network
-from tests.integration.test_ranks import CONTEXT, SHARD, close, exit_codes
-from tests.support.dist import run_ranks
+from tests.integration.entry import SIZES, launch, stored, weights, write_network
+from tests.integration.test_ranks import alike_in_every_layout, scm
 
 M = "model.config."
 
 
-def meanflow(job: Path, start: Path, *more: str, teacher: Path | None = None, iterations: int = 3) -> list[str]:
-    """In float64, with a guided teacher: `start`, unless another is given."""
-    return [
-        "experiment=toy_tf_meanflow_c3-3",
-        *small(job, roles=("net", "net_causal_teacher"), iterations=iterations),
-        M + f"student_ckpt={start}",
-        M + f"causal_teacher_ckpt={teacher or start}",
-        M + "causal_guidance=2",
-        M + "tangent_warmup=0",
-        "precision=fp64",
-        *more,
-    ]
+def meanflow(job: Path, start: Path, *more: str, iterations: int = 3) -> list[str]:
+    return scm(job, start, *more, iterations=iterations, stage="tf_meanflow")
 
 
 def test_it_trains_from_weights_of_one_time_and_says_how_it_is_streamed(tmp_path: Path) -> None:
@@ -45,7 +34,8 @@ def test_it_trains_from_weights_of_one_time_and_says_how_it_is_streamed(tmp_path
     assert described["network"]["two_times"] is True and described["extra"]["recipe"]["kind"] == "flow_map"
     assert described["schedule"] == [[15 / 16, 5 / 6, 5 / 8]] and described["stage"] == "tf_meanflow"
     again = tmp_path / "again"  # from weights that have the second time already
-    assert launch(*meanflow(again, job, teacher=start, iterations=1)) == 0
+    words = [word for word in meanflow(again, start, iterations=1) if "student_ckpt" not in word]
+    assert launch(*words, M + f"student_ckpt={job}") == 0
 
 
 def test_a_checkpoint_that_lacks_more_is_refused_with_what_may_be_missing(tmp_path: Path, capfd) -> None:
@@ -59,10 +49,4 @@ def test_a_checkpoint_that_lacks_more_is_refused_with_what_may_be_missing(tmp_pa
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     start = write_network(tmp_path / "start.safetensors", seed=3)
-    assert launch(*meanflow(tmp_path / "one", start)) == 0
-    parts = {"context": [CONTEXT], "shard": [SHARD], "replica": []}
-    commands = [meanflow(tmp_path / name, start, *more) for name, more in parts.items()]
-    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * 3] * 2
-    close(tmp_path / "context", tmp_path / "one", rel=1e-6)
-    close(tmp_path / "shard", tmp_path / "replica", rel=1e-6)
-    assert lines(tmp_path / "shard")[0] != lines(tmp_path / "one")[0], "two data ranks read other samples than one"
+    alike_in_every_layout(tmp_path, lambda job, *more: meanflow(job, start, *more))
