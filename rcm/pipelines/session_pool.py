@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loguru import logger
+
 from rcm.core.errors import ConfigError, NonFinite, first_line
 from rcm.core.records import require_kind
 from rcm.nets.kv_fp8 import Fp8Store
@@ -28,6 +30,8 @@ CHANGES: tuple[Change, ...] = ("policy", "seed", "recipe", "prompt")
 """What can be asked of a seat, in the order in which changes of one turn are applied: the first two
 begin another take.
 """
+ENDED = "the session ended first"
+"""Why an order is refused that was not looked at."""
 
 
 class PoolFull(ConfigError):
@@ -38,7 +42,7 @@ class PoolFull(ConfigError):
 class Order:
     """A change that was asked for, and what became of it. `part` of what is changed, "" for all of
     it: orders of other parts stand beside it. `applied_at` counts blocks of take `take`; `told` is
-    called at every change of `state`, in the thread that made it.
+    called at every change of `state`, in the thread that made it; what it raises is logged.
     """
 
     what: Change
@@ -51,6 +55,9 @@ class Order:
     take: int = 0
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        require_kind("what", self.what, Change)
+
     def become(
         self,
         state: Literal["applied", "superseded", "refused"],
@@ -61,8 +68,11 @@ class Order:
     ) -> None:
         """Settle the order."""
         self.state, self.applied_at, self.take, self.reason = state, at, take, reason
-        if self.told is not None:
-            self.told(self)
+        try:
+            if self.told is not None:
+                self.told(self)
+        except Exception as error:  # the stream goes on, and so do the other orders
+            logger.error("what became of a {} could not be told: {}", self.what, first_line(error))
 
 
 class Seat:
@@ -134,7 +144,7 @@ class Seat:
         with self._lock:
             self.closed = True
         for order in [*self._taken(), *(order for order, _ in self._waiting)]:
-            order.become("refused", reason="the session ended first")
+            order.become("refused", reason=ENDED)
         self._waiting = []
         self.session.close()
 
@@ -216,15 +226,17 @@ class SessionPool:
         return sum(seat.num_bytes() for seat in self.seats)
 
     def _step(self, seat: Seat) -> Turn:
-        begin = time.perf_counter()
+        begin, orders = time.perf_counter(), seat._taken()
         try:
-            for order in seat._taken():
-                self._apply(seat, order)
+            while orders:
+                self._apply(seat, orders.pop(0))
             chunk = self._chunk(seat)
             seat._report()
         except Exception as error:  # whatever a session dies of, the others live on
             seat.failed = error
             self.close(seat)
+            for order in orders:
+                order.become("refused", reason=ENDED)
             return Turn(seat, None, seat.take, time.perf_counter() - begin, error)
         seat.turns += 1
         return Turn(seat, chunk, seat.take, time.perf_counter() - begin)
@@ -240,9 +252,11 @@ class SessionPool:
     def _apply(self, seat: Seat, order: Order) -> None:
         try:
             at = _ACTIONS[order.what](self, seat, order)
-        except ConfigError as error:
-            order.become("refused", reason=" ".join(str(error).split()))
-            return
+        except Exception as error:
+            order.become("refused", reason=told_error(error))
+            if isinstance(error, ConfigError):
+                return
+            raise
         if at is not None:
             order.become("applied", at=at, take=seat.take)
 

@@ -60,7 +60,11 @@ class VideoInfo:
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1] (clamped) to uint8, rounded to nearest; any shape. `NonFinite` for NaN."""
+    """Pixels in [-1, 1] (clamped) to uint8, rounded to nearest; any shape. `ConfigError` for whole
+    numbers, which are of another range; `NonFinite` for NaN.
+    """
+    if not video.is_floating_point():
+        raise ConfigError(f"pixels to write are floats in [-1, 1], got {video.dtype}")
     if not torch.isfinite(video).all():
         raise NonFinite("video holds NaN or infinite pixels; nothing was written")
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -118,7 +122,7 @@ class Mp4Writer:
         return self
 
     def append(self, video: torch.Tensor) -> None:
-        """Write frames [3, f, H, W] in [-1, 1]; all chunks have one size. `NonFinite` for NaN."""
+        """Write frames [3, f, H, W] in [-1, 1]; all chunks have one size. Errors as `to_uint8`."""
         if video.ndim != 4 or video.shape[0] != 3:
             raise ConfigError(
                 f"mp4 frames are [3, F, H, W], got {tuple(video.shape)}; write one video of a batch"

@@ -185,6 +185,26 @@ def test_a_session_that_fails_ends_alone(model, monkeypatch):
     assert pool.num_bytes() == good.predicted
 
 
+def test_all_orders_of_a_session_that_fails_are_told(model, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("no memory\nat all")
+
+    def broken(order: Order) -> None:
+        told.append((order.what, order.state, order.reason))
+        raise RuntimeError("whoever listens is gone")
+
+    pool, told = SessionPool(model), []
+    seat = pool.open([PROMPT], **WINDOW)
+    for what, value in (("prompt", [OTHER]), ("seed", 3), ("recipe", RECIPE)):
+        seat.steer(Order(what, value, told=broken))
+    monkeypatch.setattr(seat.session, "restart", full)
+    assert pool.turn().error is seat.failed and seat.closed and not pool.seats
+    ended = ("refused", "the session ended first")
+    assert told == [("seed", "refused", "RuntimeError: no memory"), ("recipe", *ended), ("prompt", *ended)]
+    with pytest.raises(ConfigError, match="what must be"):
+        Order("polcy", SlidingWindow(2))
+
+
 def test_a_bounded_session_ends_with_a_turn_without_a_chunk(model):
     pool = SessionPool(model)
     seat = pool.open([PROMPT], num_frames=5)

@@ -107,6 +107,8 @@ def test_unreadable_files_are_named(tmp_path):
 def test_pixels_to_bytes():
     values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     assert to_uint8(values).tolist() == [0, 0, 128, 255, 255]
+    with pytest.raises(ConfigError, match="floats in .-1, 1., got torch.uint8"):
+        to_uint8(torch.zeros(3, 1, 2, 2, dtype=torch.uint8))
     assert enlarge(torch.tensor([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
 
 
