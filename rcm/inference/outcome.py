@@ -102,14 +102,19 @@ def writable_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{error}") from error
 
 
-def sparing(target: OutputFile, flags: argparse.Namespace, *inputs: str, knob: str) -> OutputFile:
-    """`target` of the flag `knob`; `ConfigError` where it is a file that one of the flags `inputs`
-    names, which would be replaced.
+_WRITTEN = ("save_path", "preview_grid", "report")
+
+
+def sparing(target: OutputFile, flags: argparse.Namespace, *, knob: str) -> OutputFile:
+    """`target` of the flag `knob`; `ConfigError` where it is a file that another flag names, or the
+    description beside one, which would be replaced.
     """
-    for name in inputs:
-        if (path := getattr(flags, name, None)) and Path(os.path.realpath(path)) == target.path:
+    for name, given in vars(flags).items():
+        if name in _WRITTEN or not isinstance(given, str) or "\0" in given:
+            continue
+        if str(target.path) in (os.path.realpath(given), os.path.realpath(f"{given}.json")):
             raise ConfigError(
-                f"{knob} {target.given} is the file that --{name} reads, which would be replaced;"
+                f"{knob} {target.given} is a file that --{name} reads, which would be replaced;"
                 " choose another name"
             )
     return target

@@ -71,12 +71,11 @@ def run(flags: argparse.Namespace) -> None:
         )
     _check_flags(flags)
     save_to = claim_video(flags.save_path, knob="--save_path")
-    sparing(save_to, flags, "first_frames", knob="--save_path")
-    report_to = (
-        None
-        if flags.report is None
-        else OutputFile.claim(flags.report, suffix=".json", knob="--report")
-    )
+    sparing(save_to, flags, knob="--save_path")
+    report_to = None
+    if flags.report is not None:
+        report_to = OutputFile.claim(flags.report, suffix=".json", knob="--report")
+        sparing(report_to, flags, knob="--report")
     model = open_flagged(flags)
     recipe = chosen_recipe(flags, model.trained_recipe)
     upscale = flags.upscale or comfortable_scale(*model.pixel_size)

@@ -32,12 +32,15 @@ def claimed(
     if count > 1:
         path = str(Path(path).with_name(f"{Path(path).stem}-{number:03d}{Path(path).suffix}"))
     knob = f"--{name}"
-    if suffix == ".mp4":
-        return shared(on_first(lambda: claim_video(path, knob=knob)))
 
     def claim() -> OutputFile:
-        target = OutputFile.claim(path, suffix=suffix, knob=knob)
-        return sparing(target, flags, "image_path", "last_image_path", knob=knob)
+        video = suffix == ".mp4"
+        target = (
+            claim_video(path, knob=knob)
+            if video
+            else OutputFile.claim(path, suffix=suffix, knob=knob)
+        )
+        return sparing(target, flags, knob=knob)
 
     return shared(on_first(claim))
 

@@ -190,10 +190,18 @@ def test_first_frames_off_a_block_boundary(jobs, tmp_path, capsys):
         assert stream(jobs[job], tmp_path / "a.mp4", "--first_frames", str(clip), *flags) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "a.mp4").exists()
-    (tmp_path / "link.mp4").symlink_to(clip)
+    described, prompts = tmp_path / "a.pt.json", tmp_path / "p.json"
+    (tmp_path / "link.mp4").symlink_to(clip), described.write_text("{}"), prompts.write_text("a red square")
     before = clip.read_bytes()
-    assert stream(jobs["student"], tmp_path / "link.mp4", "--first_frames", str(clip)) == 2
-    assert "link.mp4 is the file that --first_frames reads" in capsys.readouterr().err and clip.read_bytes() == before
+    for target, *flags in (
+        ("link.mp4", "--first_frames", clip),
+        ("b.mp4", "--report", described, "--ckpt", tmp_path / "a.pt"),
+        ("b.mp4", "--report", prompts, "--prompt_file", prompts),
+    ):
+        assert stream(jobs["student"], tmp_path / target, *map(str, flags)) == 2
+        name = "first_frames" if target == "link.mp4" else flags[2].removeprefix("--")
+        assert f" is a file that --{name} reads" in capsys.readouterr().err
+    assert clip.read_bytes() == before and described.read_text() == "{}" and prompts.read_text() == "a red square"
 
 
 def test_an_unwritable_place_is_found_before_the_checkpoint_is_read(jobs, tmp_path, capsys):

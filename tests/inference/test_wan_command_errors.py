@@ -195,7 +195,7 @@ def test_the_parser_refuses(command, flags, told, capsys, tmp_path):
         (
             I2V_RCM,
             ("--image_path", "FOLDER/first.png", "--preview_grid", "FOLDER/first.png"),
-            "first.png is the file that --image_path reads",
+            "first.png is a file that --image_path reads",
         ),
         (I2V_RCM, ("--adaptive_resolution",), "--size and --adaptive_resolution"),
         (RCM, ("--save_path", "a.avi"), "a.avi must end in .mp4"),
