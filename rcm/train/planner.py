@@ -21,7 +21,13 @@ from rcm.train.planner_memory import (
     total,
     update_terms,
 )
-from rcm.train.planner_time import gather_seconds, moving_seconds, pass_cost, update_seconds
+from rcm.train.planner_time import (
+    gather_seconds,
+    moving_seconds,
+    pass_cost,
+    summing_seconds,
+    update_seconds,
+)
 
 SLACK = 1.06
 """Memory the caching allocator has reserved over what is allocated at the peak."""
@@ -106,7 +112,7 @@ def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePredicti
     fullest, terms = max(moments, key=lambda moment: total(moment[1]))
     update = update_seconds(job, card, phase)
     seconds = job.accumulation * sum(item.seconds for item in passes) + update
-    seconds += moving_seconds(job, card, phase)
+    seconds += moving_seconds(job, card, phase) + summing_seconds(job, card, phase)
     seconds += job.accumulation * gather_seconds(job, card, "student") * kept
     peak, kind = base + total(terms), (phase.role, phase.share)
     return PhasePrediction(*kind, tuple(passes), terms, peak, fullest, seconds, update)

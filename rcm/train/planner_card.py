@@ -29,6 +29,7 @@ class Card:
     network: float = 45e9  # of a rank to other nodes
     host: float = 50e9  # to or from pinned host memory; assumed from the bus (PCIe 5.0 x16)
     host_gather: float = 13e9  # the same tensor by tensor, as FSDP2 gathers what lives there
+    host_sum: float = 1.6e9  # gradients added up there, as FSDP2 does it
     node: int = 8  # cards of a node
     capability: tuple[int, int] = (9, 0)
     launch: float = 2.4e-3  # seconds that the host issues a block in

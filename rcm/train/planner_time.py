@@ -214,3 +214,15 @@ def moving_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
             moved += job.accumulation * sizes[step.role]
         present = step.role
     return moved / card.host
+
+
+def summing_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
+    """Gradients of every backward pass but the first, where they are reduced after each and lie on
+    the host: copied to pageable memory tensor by tensor, and added by the processor.
+    """
+    net = job.net(phase.role)
+    if job.gradient_sync != "each" or not job.lives_on_host(net):
+        return 0.0
+    passes = [step for step in phase.passes if step.role == phase.role and step.mode == "train"]
+    times = max(job.accumulation * len(passes) - 1, 0)
+    return times * job.reduce_bytes * job.stored(net).all / card.host_sum

@@ -41,6 +41,13 @@ SCALE = [
     (f"{SMALL}-lever_states", 1, {}, {"student": 25.89, "fake_score": 22.28}, ANEW),
     (f"{SMALL}-lever_idle_roles", 1, {}, {"student": 44.45, "fake_score": 43.36}, ANEW),
     (f"{SMALL}-lever_bfloat16_states", 1, {}, {"student": 41.78, "fake_score": 38.17}, ANEW),
+    (f"{SMALL}-lever_int8_states", 1, {}, {"student": 39.11, "fake_score": 32.98}),
+    (f"{SMALL}-lever_float8_states", 1, {}, {"student": 39.11, "fake_score": 32.98}),
+    (f"{SMALL}-lever_fp8_storage", 1, {}, {"student": 53.66, "fake_score": 47.52}),
+    (f"{SMALL}-lever_parameters", 1, {}, {"student": 15.03, "fake_score": 8.87}),
+    (f"{SMALL}-lever_parameters", 1, {"student": 30.91}, {"student": 12.63, "fake_score": 8.87}, "trainer.gradient_sync=each"),
+    ("tf_scm-1.3B-one-lever_fp8_storage", 1, {"student": 13.12}, {"student": 47.91}),
+    ("rcm-14B-ulysses2-states_lean", 2, {"student": 28.59, "fake_score": 12.23}, {"student": 108.43, "fake_score": 100.90}),
 ]
 MEMORY = [
     # case of scripts.bench_memory, on one card, with the longest rollout
@@ -56,12 +63,15 @@ def registry() -> None:
 
 
 def hold(found: Prediction, seconds: dict[str, float], gib: dict[str, float]) -> None:
-    """Time within 10 percent, peak memory within 1 (2.5 below for rows under Ulysses)."""
-    times = {phase.role: phase.seconds / seconds[phase.role] for phase in found.phases if seconds}
+    """Time within 10 percent, peak memory within 1 (2.5 below for rows under Ulysses; 2 above for
+    networks on the host).
+    """
+    times = {phase.role: phase.seconds / seconds[phase.role] for phase in found.phases if phase.role in seconds}
     peaks = {phase.role: phase.peak / GIB / gib[phase.role] for phase in found.phases}
     assert times == {role: pytest.approx(1, abs=0.1) for role in seconds}
     below = 0.025 if found.job.context > 1 else 0.01
-    assert all(1 - below <= ratio <= 1.01 for ratio in peaks.values()), peaks
+    above = 0.02 if found.job.host_parameters else 0.01
+    assert all(1 - below <= ratio <= 1 + above for ratio in peaks.values()), peaks
 
 
 @pytest.mark.parametrize("measured", SCALE, ids=lambda row: "-".join(map(str, (row[0], row[1], *row[4:]))))
