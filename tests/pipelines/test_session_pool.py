@@ -201,7 +201,7 @@ def test_all_orders_of_a_session_that_fails_are_told(model, monkeypatch):
     assert pool.turn().error is seat.failed and seat.closed and not pool.seats
     ended = ("refused", "the session ended first")
     assert told == [("seed", "refused", "RuntimeError: no memory"), ("recipe", *ended), ("prompt", *ended)]
-    with pytest.raises(ConfigError, match="what must be"):
+    with pytest.raises(ConfigError, match="what='polcy' is not one of"):
         Order("polcy", SlidingWindow(2))
 
 
