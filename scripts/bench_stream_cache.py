@@ -26,14 +26,14 @@ from torch import Tensor
 
 from rcm.inference.outcome import command
 from rcm.kernels.kv_codec.codec import KVCodec
-from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec
+from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec
 from rcm.kernels.persistent_attention.api import attend, obstacle
 from rcm.kernels.split_attention.api import split_attention
 from rcm.nets.attention_auto import parts_of
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
-from scripts.bench_kv_codec import draw
+from scripts.bench_kv_codec import cases, draw
 from scripts.bench_measure import (
     GIB,
     bench_flags,
@@ -52,22 +52,9 @@ ones and its context.
 """
 
 
-def spec_of(
-    dtype: str, smoothing: str = "none", scale_fit: str = "none", **settings: Any
-) -> KVCodecSpec:
-    """Keys and values alike."""
-    side = SideSpec(dtype=dtype, smoothing=smoothing, scale_fit=scale_fit)
-    return KVCodecSpec(key=side, value=side, **settings)
-
-
-CACHES: dict[str, KVCodecSpec | None] = {
-    "bf16": None,
-    "fp8": spec_of("fp8"),
-    "int4": spec_of("int4"),
-    "int2": spec_of("int2"),
-    "int2 search": spec_of("int2", scale_fit="search"),
-    "int2+qvg": spec_of("int2", "qvg"),
-    "int2+qvg release": spec_of("int2", "qvg", mode="release"),
+CACHES = {"bf16": None} | {
+    name.replace(" qvg", "+qvg"): cases(256)[name]
+    for name in ("fp8", "int4", "int2", "int2 search", "int2 qvg", "int2 qvg release")
 }
 
 
