@@ -12,7 +12,7 @@ from loguru import logger
 
 from rcm.core.errors import ConfigError
 from rcm.core.text_file import lines_of, read_text
-from rcm.data.prompts import json_line
+from rcm.data.prompts import json_line, require_lines
 from rcm.encoders.prompt_cleaning import says_nothing
 
 COLUMNS = ("prompt", "caption", "text")
@@ -39,10 +39,11 @@ def read_prompt_list(
     Empty prompts (blank lines between others among them) and prompts above `max_chars` characters
     raise `ConfigError` naming file and line; with `skip_bad` they are left out, with a warning.
     Blank lines at the end of a file are no prompts. Raises `ConfigError` for a missing or empty
-    file, one that is no text (`read_text`), a .csv or .jsonl without a prompt column, and a .csv
-    with broken quotes or more fields than its header.
+    file, one that is no text (`read_text`), a .json, a .csv or .jsonl without a prompt column, and
+    a .csv with broken quotes or more fields than its header.
     """
     path = Path(path)
+    require_lines(path, others=(".json",))
     text = read_text(path, what="prompt file", knob="--prompts")
     entries = list(_entries(path, text.rstrip()))
     if not entries:
@@ -75,12 +76,12 @@ def _fault(prompt: str, max_chars: int) -> str:
 
 
 def _entries(path: Path, text: str) -> Iterator[_Entry]:
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         yield from _csv_entries(path, text)
         return
     for number, line in enumerate(lines_of(text), 1):
         place, prompt = f"{path}:{number}", line.strip()
-        if prompt and path.suffix == ".jsonl":
+        if prompt and path.suffix.lower() == ".jsonl":
             prompt = _json_prompt(line, place)
         yield _Entry(place, prompt)
 

@@ -21,12 +21,13 @@ def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a text file (one per line, those that say nothing skipped) or of a `.jsonl` file
     (objects with a "prompt" string, which may be empty).
 
-    Raises `ConfigError` for a missing or empty file, one that is no text (`read_text`), or a line
-    without a prompt, naming file and line.
+    Raises `ConfigError` for a missing or empty file, one that is no text (`read_text`) or has the
+    name of a table (.csv, .json), or a line without a prompt, naming file and line.
     """
     path = Path(path)
+    require_lines(path, others=(".csv", ".json"))
     lines = read_lines(path, what="prompt file", knob="the prompt file's path")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         prompts = [
             _json_prompt(line, f"{path}:{number}")
             for number, line in enumerate(lines, 1)
@@ -37,6 +38,15 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ConfigError(f"prompt file {path} holds no prompt")
     return prompts
+
+
+def require_lines(path: Path, *, others: Sequence[str]) -> None:
+    """`ConfigError` for a file whose name says that its lines are no prompts."""
+    if path.suffix.lower() in others:
+        raise ConfigError(
+            f"prompt file {path} would be read line by line; write a text with a prompt per line,"
+            ' or a .jsonl with a {"prompt": ...} per line'
+        )
 
 
 def json_line(line: str, place: str) -> Any:

@@ -93,7 +93,7 @@ def with_extended(
     number of lines.
     """
     path = Path(path)
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl"):
         texts = {
             item.prompt: item.extended for item in read_suite(path) if item.extended is not None
         }
@@ -145,7 +145,7 @@ def by_dimension(items: Iterable[SuiteItem]) -> dict[str, list[SuiteItem]]:
 def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """(place, object) of every entry."""
     text = read_text(path, what="prompt list")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [json_value(line, source=f"{path}, line {i},") for i, line in lines]
     else:

@@ -21,6 +21,8 @@ def written(tmp_path, name, text):
         ("b.csv", '\ufeffprompt,text\n"one, two",no\nthree,no\n'),
         ("c.csv", 'prompt\r\n"one, two"\r\nthree\r\n'),
         ("b.txt", "one, two\r\nthree\r"),
+        ("A.CSV", 'prompt\n"one, two"\nthree\n'),
+        ("A.JSONL", '{"prompt": "one, two"}\n{"text": "three"}\n'),
     ],
 )
 def test_formats(tmp_path, name, text):
@@ -51,6 +53,7 @@ def test_bad_prompts_are_named_or_left_out(tmp_path):
     ("name", "content", "told"),
     [
         ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.json", b'["one", "two"]', r"a\.json would be read line by line"),
         ("a.txt", b"one\ncaf\xe9\n", r"a\.txt:2 is not UTF-8 .*iconv -f LATIN1 -t UTF-8 .*a\.utf8\.txt"),
         ("a.txt", "one\ntwo".encode("utf-16-le"), "UTF-16 without a byte order mark"),
         ("a.txt", b"one\n&nbsp;\n\0\n\xe2\x80\x8b\n", "3 of 4 prompts cannot be used: .*:2 is empty; .*:3 is empty; .*:4 is empty"),

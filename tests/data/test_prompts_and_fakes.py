@@ -26,6 +26,9 @@ def test_text_and_jsonl(tmp_path):
     ("name", "content", "word"),
     [
         ("a.txt", "\n \n", "holds no prompt"),
+        ("a.csv", "prompt\na cat\n", r"a\.csv would be read line by line"),
+        ("a.JSON", '["a cat"]', r"a\.JSON would be read line by line"),
+        ("a.JSONL", '{"text": "x"}', r'a\.JSONL:1 needs a "prompt"'),
         ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', r'a\.jsonl:2 needs a "prompt"'),
         ("a.jsonl", "{", r"a\.jsonl:1 is not JSON"),
         ("a.jsonl", '{"prompt": 3}', "needs a"),
