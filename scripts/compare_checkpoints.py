@@ -134,6 +134,8 @@ def common_videos(folders: Sequence[Path]) -> list[str]:
     common = sorted(set.intersection(*held))
     if not common:
         raise ConfigError(f"the folders {', '.join(map(str, folders))} have no .mp4 name in common")
+    if lost := len(set.union(*held)) - len(common):
+        print(f"left out: {lost} videos that only some of the folders have")
     return common
 
 

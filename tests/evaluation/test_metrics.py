@@ -238,6 +238,9 @@ def test_page_of_several_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixtu
         require_same_conditions([tmp_path / "a", tmp_path / "c"])
     assert side_by_side([torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 6, 8)]).shape == (3, 4, 8, 20)
     assert compare_main([str(tmp_path / "a"), "--out", str(tmp_path / "one"), "--pixels_only"]) == 0
+    (tmp_path / "b" / "prompt 2-0.mp4").unlink()
+    assert compare_main([str(tmp_path / "a"), str(tmp_path / "b"), *flags, "--max_videos", "1"]) == 0
+    assert "left out: 1 videos that only some of the folders have" in capsys.readouterr().out
     before = (tmp_path / "a" / "prompt 0-0.mp4").read_bytes()
     assert compare_main([str(tmp_path / "a"), "--out", str(tmp_path / "a"), "--pixels_only"]) == 2
     assert "is one of the folders of videos" in capsys.readouterr().err
