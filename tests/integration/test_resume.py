@@ -179,31 +179,3 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(tmp_path: Path) -> 
 def latest(job: Path) -> str:
     """Name of the newest complete checkpoint."""
     return (job / "checkpoints/latest_checkpoint.txt").read_text().strip()
-
-
-def lines_logged(job: Path) -> int:
-    """Lines of the job's metrics so far."""
-    metrics = job / "metrics.jsonl"
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
-
-
-@pytest.mark.slow
-def test_kill_at_any_moment_leaves_a_checkpoint_that_continues_exactly(tmp_path: Path) -> None:
-    """Saves after every iteration, so that most kills land in one; three kills at different moments
-    of one job.
-    """
-    job, whole = tmp_path / "job", tmp_path / "whole"
-    for extra in (3, 9, 14):
-        before = lines_logged(job)
-        process = command(*teacher_forced(job, "checkpoint.save_iter=1", iterations=100_000))
-        wait_for(lambda target=before + extra: lines_logged(job) > target, process)
-        time.sleep(0.013 * extra)
-        process.kill()
-        process.communicate()
-    done = int(latest(job).removeprefix("iter_"))
-    assert done > 20
-    assert launch(*teacher_forced(job, iterations=done + 2)) == 0
-    assert launch(*teacher_forced(whole, iterations=done + 2)) == 0
-    assert same(everything(job), everything(whole))
-    assert lines(job) == lines(whole)
-    assert not list((job / "checkpoints").glob(".writing_*"))

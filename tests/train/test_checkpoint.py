@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,7 +21,6 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.train import checkpoint
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.describe import Description
-from tests.support.dist import run_until_death
 from tests.support.toy_method import CONFIG, make_run
 from tests.train.run_support import DESCRIPTION, everything, launch, same
 
@@ -78,34 +76,6 @@ def test_before_its_first_update_a_role_has_no_optimiser_state(tmp_path: Path) -
     second = launch(tmp_path / "parts", max_iter=4)
     second.run()
     assert same(everything(whole.state), everything(second.state))
-
-
-def train_and_die_while_saving(job: Path) -> None:
-    """Resume, reach iteration 6, and be killed after the second part of its checkpoint."""
-    trainer = launch(job, max_iter=6)
-    write = Checkpointer._write
-
-    def dies(self: Checkpointer, name: str, part: dict, unfinished: Path) -> None:
-        write(self, name, part, unfinished)
-        if name == "optim_net":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Checkpointer._write = dies
-    trainer.run()
-
-
-@pytest.mark.slow
-def test_killed_save_leaves_the_previous_checkpoint(saved: Path) -> None:
-    """A process that dies (SIGKILL) while parts of iteration 6 are on disk: 4 stays latest, loads,
-    and the next save cleans up.
-    """
-    assert run_until_death(train_and_die_while_saving, saved) == -signal.SIGKILL
-    leftover = saved / "checkpoints" / ".writing_iter_000000006"
-    assert (leftover / "model" / ".metadata").is_file()
-    again = launch(saved, max_iter=6)
-    assert again.state.iteration == 4
-    again.run()
-    assert not leftover.exists() and launch(saved, max_iter=6).state.iteration == 6
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
