@@ -156,7 +156,7 @@ class RopeTables:
         dtype: torch.dtype,
     ) -> RopeTable:
         """Table for the tokens of the frames at temporal positions `frame_index`, each a `grid`
-        (rows, columns), row-major, columns fastest. Raises `ValueError` for a grid beyond the
+        (rows, columns), row-major, columns fastest. Raises `ConfigError` for a grid beyond the
         limits.
         """
         key = (frame_index, grid, device, dtype)
@@ -192,7 +192,7 @@ class RopeTables:
             raise ValueError("rotary table of no frames; frame_index is empty")
         for count, (axis, limit) in zip(grid, self.limits.items(), strict=True):
             if count > limit:
-                raise ValueError(
+                raise ConfigError(
                     f"rotary {axis} positions must be in [0, {limit}), got 0 to {count - 1}; "
                     f"choose a smaller resolution or raise WanConfig.max_{axis}s"
                 )

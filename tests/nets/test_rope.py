@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 
+from rcm.core.errors import ConfigError
 from rcm.nets.positions import Positions
 from rcm.nets.rope import RopeTables, axis_channels, rotate
 
@@ -65,7 +66,7 @@ def test_limits_and_mismatches_raise():
         ((0,), (5, 1), "max_rows"),
         ((0,), (1, 6), "max_columns"),
     ):
-        with pytest.raises(ValueError, match=axis):
+        with pytest.raises(ConfigError, match=axis):
             tables.table(frames, grid, device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match="no frames"):
         tables.table((), (1, 1), device=CPU, dtype=torch.float32)
