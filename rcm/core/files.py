@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -173,6 +173,21 @@ def read_exactly(path: Path, target: bytearray | memoryview, *, start: int) -> N
                     " opened"
                 )
             done += got
+
+
+@contextmanager
+def writing(target: object, told: str, *, own: Iterable[Path] = ()) -> Iterator[None]:
+    """An `OSError` within is raised again about `target`, its reason after `told`. With `own`, only
+    one about these files, or about none: others are of what is read meanwhile.
+    """
+    try:
+        yield
+    except OSError as error:
+        mine = [None, *map(str, own)]
+        if error.errno is None or (len(mine) > 1 and error.filename not in mine):
+            raise
+        reason = f"{told}: {error.strerror or error}"
+        raise OSError(error.errno, reason, str(target)) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rcm.core.errors import ConfigError
-from rcm.core.files import discard
+from rcm.core.files import discard, writing
 
 _PROBE = bytes(4096)
 
@@ -55,15 +55,9 @@ class OutputFile:
             raise ConfigError(
                 f"{knob + ' ' if knob else ''}{text} must end in {' or '.join(suffixes)}"
             )
-        try:
+        with writing(text, f"{f'{knob}: ' if knob else ''}cannot write there"):
             target = cls(Path(os.path.realpath(text)), text)
             target._probe()
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{f'{knob}: ' if knob else ''}cannot write there: {error.strerror or error}",
-                text,
-            ) from error
         return target
 
     def _probe(self) -> None:
@@ -111,12 +105,12 @@ class OutputFile:
         """All of `data` (text as UTF-8), flushed to disk, under its name at once; an `OSError`
         carries the path.
         """
-        try:
-            with self.replacing() as temporary, open(temporary, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot write: {error.strerror or error}", self.given
-            ) from error
+        content = data.encode() if isinstance(data, str) else data
+        with (
+            writing(self.given, "cannot write"),
+            self.replacing() as temporary,
+            open(temporary, "wb") as file,
+        ):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())

@@ -30,7 +30,7 @@ import numpy as np
 from loguru import logger
 
 from rcm.core.errors import CheckpointError, first_line
-from rcm.core.files import discard, sole_writer
+from rcm.core.files import discard, sole_writer, writing
 from rcm.data.tar_index import (
     CONTEXT,
     FIELDS,
@@ -331,34 +331,32 @@ def _kept(path: Path) -> ShardIndex:
 
 def write_record(folder: Path, shards: Iterable[tuple[os.stat_result, Place]]) -> tuple[int, int]:
     """As `record_shards`, of shards that were opened already, each with the `stat` of its file."""
-    temporary = folder / f".{RECORD}.partial"
+    temporary, target = folder / f".{RECORD}.partial", folder / RECORD
     facts: list[list[object]] = []
     samples = 0
-    try:
-        with sole_writer(temporary, wait=True) as file:
-            file.write(_MAGIC)
-            file.flush()
-            recorded = os.fstat(file.fileno()).st_mtime_ns
-            for stat, shard in shards:
-                at, keys = file.tell(), shard.joined_keys()
-                file.write(shard.rows() if isinstance(shard, RecordedShard) else _rows(shard))
-                file.write(keys)
-                changed, samples = max(stat.st_mtime_ns, stat.st_ctime_ns), samples + len(shard)
-                told = (shard.path.name, shard.size, changed, shard.digest)
-                facts.append([*told, len(shard), len(shard.fields), at, len(keys)])
-            text = json.dumps({"recorded": recorded, "shards": facts}).encode()
-            at = file.tell()
-            file.write(text)
-            file.write(_FOOTER.pack(at, len(text), hashlib.sha256(text).digest()))
-            file.flush()
-            os.fsync(file.fileno())
-            if (folder / RECORD).is_dir():
-                discard(folder / RECORD)
-            os.replace(temporary, folder / RECORD)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write the index: {error.strerror}", str(folder / RECORD)
-        ) from error
+    with (
+        writing(target, "cannot write the index", own=(temporary, target)),
+        sole_writer(temporary, wait=True) as file,
+    ):
+        file.write(_MAGIC)
+        file.flush()
+        recorded = os.fstat(file.fileno()).st_mtime_ns
+        for stat, shard in shards:
+            at, keys = file.tell(), shard.joined_keys()
+            file.write(shard.rows() if isinstance(shard, RecordedShard) else _rows(shard))
+            file.write(keys)
+            changed, samples = max(stat.st_mtime_ns, stat.st_ctime_ns), samples + len(shard)
+            told = (shard.path.name, shard.size, changed, shard.digest)
+            facts.append([*told, len(shard), len(shard.fields), at, len(keys)])
+        text = json.dumps({"recorded": recorded, "shards": facts}).encode()
+        at = file.tell()
+        file.write(text)
+        file.write(_FOOTER.pack(at, len(text), hashlib.sha256(text).digest()))
+        file.flush()
+        os.fsync(file.fileno())
+        if target.is_dir():
+            discard(target)
+        os.replace(temporary, target)
     return len(facts), samples
 
 

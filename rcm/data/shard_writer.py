@@ -15,7 +15,7 @@ import torch
 from loguru import logger
 
 from rcm.core.errors import ConfigError, first_line
-from rcm.core.files import discard, sole_writer
+from rcm.core.files import discard, sole_writer, writing
 from rcm.data.set_index import MANY, record_shards
 from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, scan_shard, write_index
 
@@ -100,7 +100,10 @@ def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> in
     """
     temporary, count = path.with_name(f".{path.name}.partial"), 0
     try:
-        with sole_writer(temporary) as file:
+        with (
+            writing(path, "cannot write shard", own=(temporary, path)),
+            sole_writer(temporary) as file,
+        ):
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
                 for count, sample in enumerate(samples, 1):
                     for field, data in sample.members().items():
@@ -119,10 +122,6 @@ def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> in
             f"shard {path} is being written by another process; wait for it, or choose another"
             " --out or --part"
         ) from error
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary), str(path)):
-            raise  # of what the samples are read from
-        raise OSError(error.errno, f"cannot write shard: {error.strerror}", str(path)) from error
     return count
 
 
@@ -252,7 +251,7 @@ def _short(value: object, room: int = 160) -> str:
 def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
     manifest, temporary = folder / MANIFEST, folder / f".{MANIFEST}.partial"
     wanted = json.loads(json.dumps(recipe))
-    try:
+    with writing(folder, "cannot write to the output folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.is_file():
             # several processes may begin at once: the first decides
@@ -264,10 +263,6 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
                     file.flush()
                     os.fsync(file.fileno())
                     os.replace(temporary, manifest)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write to the output folder: {error.strerror}", str(folder)
-        ) from error
     stored = read_manifest(folder)
     keys = sorted(stored.keys() | wanted.keys())
     pairs = [(k, stored.get(k), wanted.get(k)) for k in keys]

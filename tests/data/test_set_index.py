@@ -171,6 +171,17 @@ def test_a_damaged_entry_is_named(folder, old):
             found.fetch([sample])
 
 
+def test_whoever_refuses_is_named(folder, tmp_path):
+    """A shard that cannot be read is not the index that cannot be written."""
+    gone = folder / "gone.tar"
+    with pytest.raises(FileNotFoundError) as refused:
+        record_shards(folder, [*folder.glob("*.tar"), gone])
+    assert refused.value.filename == str(gone) and not list(folder.glob(".*partial"))
+    with pytest.raises(OSError, match="cannot write the index") as refused:
+        write_record(tmp_path / "nowhere", [])
+    assert refused.value.filename == str(tmp_path / "nowhere" / RECORD)
+
+
 def test_an_older_record_is_taken_over(folder, old, monkeypatch):
     recorded(folder)
     write_shard(folder / shard_name(3), samples(15), first_key=15)
