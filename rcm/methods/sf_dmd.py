@@ -109,31 +109,31 @@ class SelfForcedDMD:
     ) -> LossTerm:
         video = self._roll(phase, cond, like, rng, grad=True).video
         target, pull = self._judge(video, cond, rng)
-        found = dmd_loss(
+        found = self._loss(video, target)
+        return found if pull is None else together(found, pull.term(video))
+
+    def _loss(self, video: torch.Tensor, target: torch.Tensor) -> LossTerm:
+        return dmd_loss(
             video, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
         )
-        return found if pull is None else together(found, pull.term(video))
 
     def _replayed_terms(
         self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
     ) -> Iterator[Thunk]:
         rolled = self._roll(phase, cond, like, rng, grad=False)
         target, pull = self._judge(rolled.video, cond, rng)
+        # the step adds up the logs of its terms: the first one has the video's
+        logs = self._loss(rolled.video, target).logs
 
-        def term(chunk: ChunkResult) -> LossTerm:
+        def term(chunk: ChunkResult, logs: Mapping[str, torch.Tensor]) -> LossTerm:
             x0 = replay_chunk(self.student, cond, chunk, canvas=rolled.canvas, cache=rolled.cache)
             frames, x0 = rolled.part(chunk.plan), rolled.judged(chunk.plan, x0)
-            part = target[:, :, frames]
-            found = dmd_loss(
-                x0, part, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
-            )
-            # the step adds up the logs of its terms: together they are the video's
-            share = part.shape[2] / target.shape[2]
-            found = replace(found, logs={key: value * share for key, value in found.logs.items()})
+            found = replace(self._loss(x0, target[:, :, frames]), logs=logs)
             return found if pull is None else together(found, pull.term(x0, frames))
 
         for chunk in rolled.chunks:
-            yield partial(term, chunk)
+            yield partial(term, chunk, logs)
+            logs = {}
 
     @torch.no_grad()
     def _judge(
