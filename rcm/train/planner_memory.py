@@ -270,7 +270,7 @@ def gathered_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     terms = [Term("gathered parameters", max(sizes), what)] if sizes else []
     if job.rolls_gathered(phase) and "student" in (phase.role, step.role):
         net = job.net("student")
-        inside = (1 - 2 / net.config.num_layers) * numbers(net.config).blocks
+        inside = max(0, 1 - 2 / net.config.num_layers) * numbers(net.config).blocks
         size = compute_size(job, net, math.ceil(inside), of=numbers(net.config))
         terms.append(Term("student kept gathered", size, "its other blocks, for a rollout"))
     return terms
@@ -278,10 +278,10 @@ def gathered_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
 
 def gathered_bytes(job: Job, net: NetPlan) -> float:
     """Two blocks and what lies outside them; from the host, shards of two as they are stored."""
-    of, blocks = numbers(net.config), 2 / net.config.num_layers
+    of, count = numbers(net.config), min(2, net.config.num_layers)
     root = job.compute_bytes * (2 * bool(net.rank) * net.trained_block + of.all - of.blocks)
-    arriving = 2 * job.param_bytes * net.block_elements / job.shard_ranks
-    whole = blocks * compute_size(job, net, of.blocks, of=of)
+    arriving = count * job.param_bytes * net.block_elements / job.shard_ranks
+    whole = count / net.config.num_layers * compute_size(job, net, of.blocks, of=of)
     return whole + root + arriving * job.lives_on_host(net)
 
 

@@ -24,7 +24,7 @@ from rcm.train.memory_trace import MemoryTrace
 from rcm.train.planner import predict
 from rcm.train.planner_card import H200
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, numbers, parameter_shapes
-from rcm.train.planner_memory import gradient_terms, held_terms
+from rcm.train.planner_memory import gathered_terms, gradient_terms, held_terms
 from tests.support.weightless import silence_kernels, traced_peak
 
 SMALL = "causal_wan2pt1_1pt3B_res480p_t2v_"
@@ -145,6 +145,14 @@ def tiny_job(**changes) -> Job:
     student = NetPlan("student", PRESETS["tiny"], trained=True, averaged=True)
     step = Pass("student", "student", "train", (TokenLayout.bidirectional(3, grid=(2, 5)),))
     return replace(Job("tiny", (student,), (PhasePlan("student", (step,)),), latent_elements=16 * 3 * 4 * 10), **changes)
+
+
+def test_a_network_of_one_block_is_gathered_once():
+    job = tiny_job(ranks=2, keep_gathered=10**9)
+    net, phase = replace(job.nets[0], config=replace(PRESETS["tiny"], num_layers=1)), replace(job.phases[0], rollout=True)
+    job = replace(job, nets=(net,), phases=(phase,))
+    terms = {term.name: term.bytes for term in gathered_terms(job, phase, phase.passes[0])}
+    assert terms == {"gathered parameters": 2 * net.elements(), "student kept gathered": 0}
 
 
 def test_a_case_computed_by_hand():
