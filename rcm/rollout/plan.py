@@ -138,50 +138,11 @@ class ChunkPlan:
 def block_plan(
     pattern: BlockPattern,
     block: int,
-    schedule: StepSchedule,
-    *,
-    first_time: float,
-    context: ContextRule = ContextRule(),
-    prefix_blocks: int = 0,
-) -> ChunkPlan:
-    """Few-step plan of one block of a video, however long, whose first `prefix_blocks` blocks are
-    given. The schedule indexes generated chunks; the context rule absolute blocks.
-    """
-    times = few_step_grid(schedule.entry(block - prefix_blocks), first=first_time)
-    return ode_block_plan(pattern, block, times, context=context)
-
-
-def inference_plan(
-    pattern: BlockPattern,
-    num_frames: int,
-    schedule: StepSchedule,
-    *,
-    first_time: float,
-    context: ContextRule = ContextRule(),
-    prefix_blocks: int = 0,
-) -> tuple[ChunkPlan, ...]:
-    """The plans of a video of `num_frames` latent frames, each a `block_plan`."""
-    return tuple(
-        block_plan(
-            pattern,
-            block,
-            schedule,
-            first_time=first_time,
-            context=context,
-            prefix_blocks=prefix_blocks,
-        )
-        for block in range(prefix_blocks, pattern.num_blocks(num_frames))
-    )
-
-
-def ode_block_plan(
-    pattern: BlockPattern,
-    block: int,
     times: tuple[float, ...],
     *,
     context: ContextRule = ContextRule(),
 ) -> ChunkPlan:
-    """Plan of one block along `times`: of a many-step sampler, the same grid in every chunk."""
+    """Plan of one block along `times`, of a video however long."""
     noisy = context.applies(block)
     start, stop = pattern.frames_before(block), pattern.frames_before(block + 1)
     return ChunkPlan(

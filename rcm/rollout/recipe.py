@@ -16,8 +16,8 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time import check_shift
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow
-from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, block_plan, ode_block_plan
-from rcm.samplers.schedule import CAUSAL_MID_TIMES, initial_time, shifted_grid
+from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, block_plan
+from rcm.samplers.schedule import CAUSAL_MID_TIMES, few_step_grid, initial_time, shifted_grid
 from rcm.samplers.steps import ConsistencyStep, EulerStep, FlowMapStep, StepRule
 
 KINDS = ("few_step", "flow_map", "ode")
@@ -79,21 +79,18 @@ class SamplingRecipe(Record):
         return rules[self.kind]
 
     def plan(self, block: int, *, prefix_blocks: int = 0) -> ChunkPlan:
-        """Plan of block `block` after `prefix_blocks` given ones; `ValueError` for one of them."""
+        """Plan of block `block` after `prefix_blocks` given ones; `ValueError` for one of them. The
+        schedule counts generated chunks, the context rule all blocks.
+        """
         if block < prefix_blocks:
             raise ValueError(f"block {block} is one of the {prefix_blocks} given ones")
         context = ContextRule(self.noisy_context, self.noisy_context_start_chunk)
         if self.kind == "ode":
             times = shifted_grid(self.ode_steps, shift=self.shift, sigma_max=self.sigma_max)
-            return ode_block_plan(self.blocks, block, times, context=context)
-        return block_plan(
-            self.blocks,
-            block,
-            StepSchedule(self.mids),
-            first_time=initial_time(self.sigma_max),
-            context=context,
-            prefix_blocks=prefix_blocks,
-        )
+        else:
+            mids = StepSchedule(self.mids).entry(block - prefix_blocks)
+            times = few_step_grid(mids, first=initial_time(self.sigma_max))
+        return block_plan(self.blocks, block, times, context=context)
 
     def plans(self, num_frames: int, *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
         """Plans of `num_frames` latent frames, `prefix_blocks` given; errors as `num_blocks`."""

@@ -20,7 +20,8 @@ from rcm.rollout.eviction.deep_forcing import DeepForcing
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.relax_forcing import RelaxForcing
 from rcm.rollout.noise import VideoNoise
-from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan
+from rcm.rollout.plan import ContextRule
+from rcm.rollout.recipe import SamplingRecipe
 from rcm.samplers.steps import ConsistencyStep
 from tests.support.tiny_nets import GRID, HEIGHT, PATTERNS, WIDTH, condition, tiny_config, tiny_net
 
@@ -33,8 +34,11 @@ def denoiser() -> Denoiser:
 
 
 def run(denoiser, name, *, context=ContextRule(), in_place=False, mids=(MIDS, MIDS[1:]), commit_last=True):
-    pattern, frames = BlockPattern.parse(name), PATTERNS[name]
-    plans = inference_plan(pattern, frames, StepSchedule(mids), first_time=0.999, context=context)
+    frames = PATTERNS[name]
+    recipe = SamplingRecipe(
+        "few_step", name, mids=mids, sigma_max=999.0, noisy_context=context.noisy, noisy_context_start_chunk=context.start_chunk
+    )
+    plans = recipe.plans(frames)
     shape = (2, 4, frames, HEIGHT, WIDTH)
     noise = VideoNoise.for_plans(plans, shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64, device="cpu")
     canvas = Canvas(GRID)

@@ -15,7 +15,7 @@ from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import VideoNoise
-from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan, ode_block_plan, training_plan
+from rcm.rollout.plan import ContextRule, StepSchedule, block_plan, training_plan
 from rcm.rollout.recipe import SamplingRecipe
 
 C11, C33, C14 = BlockPattern(1, 1), BlockPattern(3, 3), BlockPattern(1, 4)
@@ -54,18 +54,19 @@ def test_one_step_chunks_with_noisy_context_leave_pure_noise():
 
 
 def test_inference_frames_and_repeated_last_entry():
-    plans = inference_plan(C14, 9, StepSchedule((FOUR, TWO)), first_time=1600 / 1601)
+    plans = SamplingRecipe("few_step", "c1-4", mids=(FOUR, TWO), sigma_max=1600).plans(9)
     assert [(p.block, p.start, p.stop, p.num_steps) for p in plans] == [(0, 0, 1, 4), (1, 1, 5, 2), (2, 5, 9, 2)]
     assert all(p.times[0] == 1600 / 1601 for p in plans)
 
 
 def test_given_blocks_shift_the_schedule_but_not_the_context_rule():
-    plans = inference_plan(C11, 4, StepSchedule((FOUR, TWO)), first_time=1.0, context=ContextRule(True, 1), prefix_blocks=1)
+    recipe = SamplingRecipe("few_step", "c1-1", mids=(FOUR, TWO), noisy_context=True, noisy_context_start_chunk=1)
+    plans = recipe.plans(4, prefix_blocks=1)
     assert [(p.block, p.num_steps, p.commit) for p in plans] == [(1, 4, "last_input"), (2, 2, "last_input"), (3, 2, "last_input")]
 
 
 def test_ode_plan_repeats_one_grid():
-    plans = [ode_block_plan(C14, block, (1.0, 0.5, 0.0)) for block in (0, 2, 10**6)]
+    plans = [block_plan(C14, block, (1.0, 0.5, 0.0)) for block in (0, 2, 10**6)]
     assert {p.times for p in plans} == {(1.0, 0.5, 0.0)}
     assert [(p.start, p.stop) for p in plans] == [(0, 1), (5, 9), (4 * 10**6 - 3, 4 * 10**6 + 1)]
 
