@@ -122,8 +122,10 @@ def test_configuration_of_something_else(state):
     config = tiny_config()
     found = convert.detect_config(state, head_dim=16)
     assert (found.dim, found.num_heads, found.ffn_dim, found.freq_dim, found.text_dim) == (64, 4, 96, config.freq_dim, config.text_dim)
-    with pytest.raises(CheckpointError, match="not a Wan network.*patch_embedding.weight"):
+    with pytest.raises(CheckpointError, match="not a Wan network: it lacks 'patch_embedding.weight'"):
         convert.detect_config({"conv.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="not a Wan network: it lacks 'blocks.0.ffn.0.weight'"):
+        convert.detect_config({"patch_embedding.weight": torch.zeros(128, 16)})
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -259,7 +259,7 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
         base = WanConfig(dim=head_dim, ffn_dim=1, num_heads=1, num_layers=1)
         dim, patched_in = shape[PATCH_KEY]
         blocks = {int(key.split(".")[1]) for key in shape if key.startswith("blocks.")}
-        if not 0 <= min(blocks) <= max(blocks) < len(shape):
+        if blocks and not 0 <= min(blocks) <= max(blocks) < len(shape):
             raise CheckpointError(
                 f"not a Wan network: it has a block {max(blocks, key=abs)}, and {len(shape)}"
                 " tensors in all"
@@ -286,10 +286,11 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
             image_positions=positions,
             two_times=f"{SPAN}.0.weight" in shape,
         )
-    except (KeyError, ValueError, IndexError) as missing:
+    except (KeyError, ValueError, IndexError) as error:
+        wrong = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(
-            f"not a Wan network: {missing}; it has {len(shape)} tensors: {listed(sorted(shape))}"
-        ) from missing
+            f"not a Wan network: {wrong}; it has {len(shape)} tensors: {listed(sorted(shape))}"
+        ) from error
 
 
 def load(
