@@ -38,6 +38,11 @@ def open_weights(path: str | Path) -> WeightFile:
     if len(inner) > 1:
         named = " (high noise) and ".join(map(str, inner)) + " (low noise)"
         raise CheckpointError(f"{path} holds two networks: {named}; give one of these paths")
+    if inner and inner[0].name != EXPERTS[0][0]:  # which alone is the network of Wan2.1
+        raise CheckpointError(
+            f"{path} holds one of two experts, {inner[0].name}, and not the other; give {inner[0]}"
+            " if it is meant"
+        )
     if inner:
         return open_weights(inner[0])
     model = find_model_directory(path)

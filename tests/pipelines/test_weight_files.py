@@ -49,6 +49,9 @@ def test_folders_that_could_mean_several_networks(state, tmp_path):
         open_weights(tmp_path / "A14B")
     assert [path.name for path in experts_at(tmp_path / "A14B")] == ["high_noise_model", "low_noise_model"] and experts_at(tmp_path) == ()
     assert len(open_weights(tmp_path / "A14B" / "low_noise_model")) == len(state)
+    (tmp_path / "A14B" / "high_noise_model").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="one of two experts, low_noise_model, and not the other; give .*A14B/low_noise_model if"):
+        open_weights(tmp_path / "A14B")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(CheckpointError, match="files of weights in it: none.* is not a DCP checkpoint"):
