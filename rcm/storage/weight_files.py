@@ -146,7 +146,7 @@ def _open_folder(path: Path, *, hint: str) -> WeightFile:
             f"{path} is not a folder with one network (files of weights in it: {found}); give the"
             " file that is meant" + (f"; {hint}" if hint else "")
         )
-    file = _open_file(chosen[0])
+    file = open_container(chosen[0])
     if file.config is None and (path / "config.json").is_file():
         file.config = read_object(path / "config.json")
     return file

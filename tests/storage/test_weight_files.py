@@ -239,8 +239,12 @@ def test_a_damaged_index_is_named_and_not_its_shards(state, tmp_path):
 
 def test_a_shard_alone_and_an_empty_path_are_no_network(state, tmp_path, monkeypatch):
     folder = write_shards(tmp_path / "a", state, shards=2)
-    with pytest.raises(CheckpointError, match=r"00002\.safetensors is one of 2 shards of a network; give its folder"):
-        open_container(folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    alone = tmp_path / "alone" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    alone.parent.mkdir()
+    shutil.copy(folder / alone.name, alone)
+    for path in (folder / alone.name, alone, alone.parent):
+        with pytest.raises(CheckpointError, match=r"00002\.safetensors is one of 2 shards of a network; give its folder"):
+            open_container(path)
     assert len(open_container(write_shards(tmp_path / "b", state, shards=1) / "diffusion_pytorch_model-00001-of-00001.safetensors"))
     monkeypatch.chdir(folder)
     for empty in ("", " "):
