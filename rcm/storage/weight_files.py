@@ -126,8 +126,8 @@ def open_container(path: str | Path, *, hint: str = "") -> WeightFile:
         return _open_shards(path)
     if (shard := _SHARD.fullmatch(path.stem)) and int(shard[1]) > 1:
         raise CheckpointError(
-            f"{path} is one of {int(shard[1])} shards of a network; give its folder, or the"
-            f" *{INDEX} beside it"
+            f"{path} is one of {int(shard[1])} shards of a network; give its folder, with the"
+            f" others and their *{INDEX} in it"
         )
     return _open_file(path)
 
