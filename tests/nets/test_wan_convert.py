@@ -74,7 +74,9 @@ def test_networks_are_found_by_their_prefix(state):
 def test_absent_copies_are_named(state):
     with pytest.raises(CheckpointError, match=r"holds no net.\* \(generator\) \(it has net_ema.\*\)"):
         convert.to_wan(prefixed(state, "net_ema."), weights="live")
-    with pytest.raises(CheckpointError, match=r"no net_fake_score.\* weights .*it has one network without prefix"):
+    with pytest.raises(CheckpointError, match=r"\(it has teacher.\*\); save it without that prefix"):
+        convert.to_wan(prefixed(state, "teacher."))
+    with pytest.raises(CheckpointError, match=r"no net_fake_score.\* weights .*it has one network without prefix.*choose other weights"):
         convert.to_wan(state, weights="fake_score")
     with pytest.raises(CheckpointError, match="several networks could be the live weights"):
         convert.to_wan({"model": state, "generator": state})

@@ -158,13 +158,14 @@ def network_names(
 
 def choose_prefix(found: Mapping[str, str], weights: str) -> str:
     """One copy's prefix among `network_prefixes`, "" for none; errors as `network_names`."""
-    if weights not in ("ema", "live", "fake_score"):
-        raise ConfigError(f"unknown weights {weights!r}; choose from ema, live, fake_score")
+    known = ("ema", "live", "fake_score")
+    if weights not in known:
+        raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(known)}")
     has = ", ".join(f"{prefix}*" if prefix else "one network without prefix" for prefix in found)
     wanted = ("ema", "live") if weights == "ema" else (weights,)
     for copy in wanted:
         prefixes = [prefix for prefix, held in found.items() if held == copy]
-        unknown = any(held not in ("ema", "live", "fake_score") for held in found.values())
+        unknown = any(held not in known for held in found.values())
         if copy != weights and prefixes and unknown:
             raise CheckpointError(
                 f"it names no averaged weights, and one of {has} may be them; ask for the live ones"
@@ -183,10 +184,10 @@ def choose_prefix(found: Mapping[str, str], weights: str) -> str:
         "live": "net.* (generator)",
         "fake_score": "net_fake_score.* weights (critic)",
     }
-    raise CheckpointError(
-        f"it holds no {names[weights]} (it has {has or 'no network'}); choose other weights than"
-        f" {weights!r}"
-    )
+    other = f"choose other weights than {weights!r}"
+    if found and not any(held in known for held in found.values()):  # no word means it
+        other = "save it without that prefix"
+    raise CheckpointError(f"it holds no {names[weights]} (it has {has or 'no network'}); {other}")
 
 
 def to_wan(
