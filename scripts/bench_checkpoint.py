@@ -48,6 +48,7 @@ from rcm.train.stragglers import OwnTime
 from scripts.bench_measure import bench_flags, fill, in_words, machine, present_folder, write
 
 GB = 1e9
+DISK_BYTES = 2**30
 COPIES = 4
 """Float32 numbers that a checkpoint holds per trained parameter with an average: weight, average,
 two moments.
@@ -145,8 +146,8 @@ def loaded(job: Path, fresh: TrainState, dims: ParallelDims, *, cold: bool) -> f
 
 
 def disk(job: Path) -> float:
-    """GB per second of one process that writes a GiB of random bytes and has them flushed."""
-    block = torch.randint(256, (1 << 26,), dtype=torch.uint8).numpy().tobytes()
+    """GB per second of one process that writes so many random bytes and has them flushed."""
+    block = torch.randint(256, (DISK_BYTES // 16,), dtype=torch.uint8).numpy().tobytes()
     begun = time.perf_counter()
     with open(job / "alone", "wb") as file:
         for _ in range(16):

@@ -16,6 +16,11 @@ from scripts import bench_checkpoint
 TINY = ["--size", "tiny", "--repeats", "1"]
 
 
+@pytest.fixture(autouse=True)
+def _few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_checkpoint, "DISK_BYTES", 2**20)
+
+
 def test_a_round_trip_and_what_follows(tmp_path: Path, capsys):
     words = ["--folder", str(tmp_path), "--of", "1.3B", "--gpus", "8", "--json", f"{tmp_path}/o.json"]
     assert bench_checkpoint.main([*TINY, *words]) == 0
