@@ -25,6 +25,7 @@ from rcm.configs.schema_causal import CausalConfig
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.inference.outcome import out_of_memory
+from rcm.methods.adversary import HEAD
 from rcm.methods.base import Method, Phase, Thunk
 from rcm.parallel.fsdp import local
 from rcm.parallel.mesh import ParallelDims
@@ -271,9 +272,11 @@ def middle_indices(run: Run, repeats: int) -> list[int]:
 def scripted_phases(run: Run, roles: Sequence[str], indices: Sequence[int]) -> list[Phase]:
     """Each role in turn at its update of each of `indices`."""
     model = run.config.model.config
-    rollout = isinstance(model, CausalConfig) and model.has.self_forced
+    causal = isinstance(model, CausalConfig)
+    rollout = causal and model.has.self_forced
+    beside = {"fake_score": (HEAD,)} if causal and model.gan.loss_scale else {}
     return [
-        Phase(role, index, WARM + number, rollout=rollout)
+        Phase(role, index, WARM + number, beside=beside.get(role, ()), rollout=rollout)
         for number, index in enumerate(indices)
         for role in roles
     ]

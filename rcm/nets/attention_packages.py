@@ -276,10 +276,10 @@ class TransformerEngine(Package):
     hint = "pip install 'rcm[te]' (needs a CUDA toolchain)"
 
     def __init__(self) -> None:
+        if folder := _folder_of_cudnn():  # before a look for the package imports its parent
+            os.environ.setdefault("CUDNN_HOME", folder)
         super().__init__()
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
-        if folder := _folder_of_cudnn():
-            os.environ.setdefault("CUDNN_HOME", folder)
         self._modules: dict[tuple[int, int, int, float], torch.nn.Module] = {}
 
     def attend(

@@ -19,8 +19,8 @@ from scripts import bench_scale, bench_scale_run
 from scripts.bench_scale import main
 from scripts.bench_scale_flops import PEAK, mfu
 from scripts.bench_scale_report import Ledger, measured_record
-from scripts.bench_scale_rows import ROWS, Planned, Row, chosen, planned
-from scripts.bench_scale_run import Attempt, Iteration, attempt, kernel_times, middle_indices
+from scripts.bench_scale_rows import ROWS, Planned, Row, chosen, composed, planned
+from scripts.bench_scale_run import Attempt, Iteration, attempt, kernel_times, middle_indices, scripted_phases
 from tests.support.dist import run_ranks
 
 S, FRAMES, CHUNKS, TEXT = 1560, 21, 7, 512
@@ -262,11 +262,19 @@ def ran(*words: str) -> int:
     return main([*TINY, *words])
 
 
+@pytest.mark.parametrize(("name", "beside"), [("gan", ("gan_head",)), ("small_roles", ())])
+def test_the_head_of_a_discriminator_is_updated_beside_its_network(name: str, beside: tuple[str, ...]) -> None:
+    run = composed(row_named(f"sf_dmd_replayed-1.3B-one-{name}"), ranks=1, tiny=True)
+    roles = [phase.roles for phase in scripted_phases(run, ["student", "fake_score"], [0])]
+    assert roles == [("student",), ("fake_score", *beside)]
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("ranks", "rows"),
     [
+        (1, "sf_dmd_replayed-1.3B-one-gan,sf_dmd_replayed-1.3B-one-lora"),
         (2, "tf_scm-1.3B-ulysses2"),
         (4, "sf_dmd-1.3B-ulysses4,tf_diffusion-1.3B-hsdp,tf_diffusion-1.3B-fsdp-bf16_reduce"),
     ],
