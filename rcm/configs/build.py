@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from loguru import logger
 
-from rcm.configs.build_data import build_loader, known_words, latent_shape, negative_condition
-from rcm.configs.build_method import build_method, sampling_recipe
+from rcm.configs.build_data import build_loader, known_words, negative_condition
+from rcm.configs.build_method import build_method
 from rcm.configs.build_nets import NetBuilder, kept_gathered
 from rcm.configs.build_samples import sample_observers
 from rcm.configs.compose import Run
 from rcm.configs.console import told
 from rcm.configs.continuity import continued_settings, shared_by_ranks
+from rcm.configs.description import description
 from rcm.configs.memory import require_here
-from rcm.configs.network import wan_config
-from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
-from rcm.configs.schema_rcm import RCMConfig
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import ConfigError
 from rcm.core.files import discard
 from rcm.data.loader import Loader
 from rcm.methods.adversary import HEAD
@@ -35,7 +32,7 @@ from rcm.parallel.mesh import ParallelDims, launch_group
 from rcm.parallel.threads import settle_threads
 from rcm.pipelines.described import description_at, stream_command
 from rcm.train.checkpoint import Checkpointer
-from rcm.train.describe import Description, write_atomically
+from rcm.train.describe import write_atomically
 from rcm.train.export import find_model_directory
 from rcm.train.job_lock import job_lock
 from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
@@ -162,64 +159,6 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     )
 
 
-def description(
-    run: Run,
-    *,
-    data_hash: str | None = None,
-    words: Sequence[str] = (),
-    adapters: Mapping[str, Any] | None = None,
-) -> Description:
-    """What checkpoints of this run say of themselves: enough to sample from the path alone.
-
-    `words`: of the captions, for a toy text; `adapters`: from `NetBuilder.adapters`.
-    """
-    model = run.config.model.config
-    recipe, schedule, noisy = sampling_recipe(model), None, None
-    if recipe is not None and recipe.kind != "ode":
-        schedule = [list(entry) for entry in recipe.mids]
-    if recipe is not None and recipe.noisy_context:
-        noisy = {"start_chunk": recipe.noisy_context_start_chunk}
-    codec, text = described_pieces(model, words=words)
-    described = Description(
-        stage=model.stage.lower(),
-        network=wan_config(model.net).to_dict(),
-        network_name=model.net.preset,
-        pattern=None if model.pattern is None else model.pattern.name,
-        schedule=schedule,
-        noisy_context=noisy,
-        sigma_max=model.sigma_max,
-        parent=model.student_ckpt or None,
-        data_hash=data_hash,
-        experiment=run.experiment or None,
-        extra={
-            "recipe": None if recipe is None else recipe.to_dict(),
-            "sampler": _bidirectional_sampler(model) if recipe is None else None,
-            "codec": codec,
-            "text": text,
-            "latent_shape": list(latent_shape(model)),
-            "fps": 8 if model.text_encoder_class == "toy" else 16,
-            "precision": {"compute": model.precision, "time": model.time_precision},
-            **({} if adapters is None else {"adapters": adapters}),
-        },
-    )
-    try:  # now, before there is work that nobody could open
-        return Description.from_json(described.to_json(), source="what its checkpoints would say")
-    except CheckpointError as error:
-        raise ConfigError(f"this run cannot be described: {error}") from error
-
-
-def _bidirectional_sampler(model: CausalConfig | RCMConfig) -> dict[str, Any]:
-    if isinstance(model, RCMConfig):
-        return {"kind": "rcm_few_step", "sigma_max": model.sigma_max, "guidance": 1.0, "steps": 4}
-    return {
-        "kind": "ode",
-        "shift": model.sample_timestep_shift,
-        "sigma_max": model.sigma_max,
-        "guidance": model.bidirectional_guidance,
-        "steps": 50,
-    }
-
-
 @contextmanager
 def _claimed(folder: Path, run: Run) -> Iterator[None]:
     """The job's folder for this run alone, with its record as `UNCHECKED`. `OSError` names the
@@ -282,6 +221,12 @@ def _resume(
     if found is None and keys.load_path:
         taken = keys.taken_from_load_path()
         found = checkpointer.load(state, loader=loader, path=keys.load_path, taken=taken)
+        if state.iteration >= config.trainer.max_iter:
+            raise ConfigError(
+                f"checkpoint.load_path={keys.load_path} has {state.iteration} iterations, which"
+                f" leaves nothing to train up to trainer.max_iter={config.trainer.max_iter}; raise"
+                " it, or set checkpoint.load_training_state=False to start at 0"
+            )
     if found is not None:
         less = f", without {', '.join(taken.left)}" if taken.left else ""
         averaged = ", the student from averaged weights" if taken.averaged else ""

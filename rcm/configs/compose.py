@@ -24,6 +24,7 @@ from rcm.configs import registry_distill
 from rcm.configs.checks import check, check_mesh
 from rcm.configs.convert import known_paths, plain, read, suggestions, unknown_key
 from rcm.configs.dead_keys import paths_of, refuse_switched_off, typed_keys, unread_keys
+from rcm.configs.description import description
 from rcm.configs.environment import EnvironmentUse, apply_environment
 from rcm.configs.inputs import missing_inputs, unread_files
 from rcm.configs.overrides import parse_overrides
@@ -110,7 +111,9 @@ def compose_run(
     if missing and require_inputs:
         raise ConfigError(f"{experiment or 'this run'} cannot start: {'; '.join(missing)}")
     unread = (*unread_files(config), *unread_keys(config, typed))
-    return Run(config, experiment, registry, tuple(overrides), environment, mesh, missing, unread)
+    run = Run(config, experiment, registry, tuple(overrides), environment, mesh, missing, unread)
+    description(run)  # refuses now what no checkpoint could tell of
+    return run
 
 
 def groups() -> list[str]:

@@ -154,8 +154,7 @@ def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
         "max_simulation_steps_fake": critic,
         "p_D": critic,
     }
-    causal = isinstance(model, CausalConfig)
-    if not (causal and model.has.self_forced):
+    if not (isinstance(model, CausalConfig) and model.has.self_forced):
         yield "trainer.keep_gathered_gib", f"{stage}, which makes no rollouts"
     if isinstance(model, CausalConfig):
         if not model.context.noisy:

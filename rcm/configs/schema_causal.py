@@ -120,7 +120,8 @@ class CausalConfig(CommonModelConfig):
     # RF times per entry above; () = from backward_timesteps
     sf_backward_timestep_schedules: tuple[tuple[float, ...], ...] = ()
     context_from_last_step: bool = False  # noisy context: keep the KV of the last denoising input
-    context_from_last_step_start_chunk: int = 0  # first chunk index with noisy context
+    # first chunk index with noisy context
+    context_from_last_step_start_chunk: int = within(0, least=0, most=2**20)
     # RF times of trajectory entries 1.. of ODE-pair data (entry 0 is clean)
     kd_timesteps: tuple[float, ...] = (1.0, 15 / 16, 5 / 6, 5 / 8)
 

@@ -176,6 +176,5 @@ def test_checkpoints_can_be_opened_at_the_ends_of_every_number_they_tell(compose
 )
 def test_what_no_checkpoint_can_tell_is_refused_before_training(composed, word: str, why: str) -> None:
     """What is accepted alone and cannot be sampled together."""
-    run = composed("experiment=toy_sf_dmd_c1-1", f"model.config.{word}")
     with pytest.raises(ConfigError, match=f"this run cannot be described: .*{why}"):
-        description(run)
+        composed("experiment=toy_sf_dmd_c1-1", f"model.config.{word}")

@@ -76,7 +76,11 @@ SWITCHED_OFF = {
     "start of a warm-up": (TF, ["scheduler.f_start=0.1", "scheduler.warm_up_steps=0"], "scheduler.warm_up_steps=3"),
     "shards of a procedural set": (TF, ["dataloader_train.tar_path_pattern=*.tar"], "data=toy_shards"),
     "size beside a size": (CUT, ["model.config.resolution=720p", "model.config.latent_hw=[8,8]"], "model.config.latent_hw=null"),
-    "numbers of the other codec": (CUT, ["model.config.tokenizer.gain=2.0"], "model.config.tokenizer.name=toy"),
+    "numbers of the other codec": (
+        TF,
+        ["model.config.tokenizer.gain=2.0", "model.config.tokenizer.name=wan"],
+        "model.config.tokenizer.name=toy",
+    ),
     "steps beside steps": (DMD, ["model.config.max_simulation_steps_fake=3"], "model.config.sf_simulation_steps_per_chunk=[]"),
     "times beside times": (DMD, ["model.config.backward_timesteps=[0.7,0.5,0.2]"], "model.config.sf_backward_timestep_schedules=[]"),
     "a difference's step": (RCM, ["model.config.fd_size=0.01"], "model.config.fd_type=1"),

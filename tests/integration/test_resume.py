@@ -73,10 +73,13 @@ def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
     assert len(lines(job)) == 2
 
 
-def test_load_path_continues_another_run(tmp_path: Path) -> None:
+def test_load_path_continues_another_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
     assert launch(*teacher_forced(first, iterations=3)) == 0
-    assert launch(*teacher_forced(second, f"checkpoint.load_path={first}/checkpoints/iter_000000003")) == 0
+    there = f"checkpoint.load_path={first}/checkpoints/iter_000000003"
+    assert launch(*teacher_forced(second, there, iterations=3)) == 1
+    assert "has 3 iterations, which leaves nothing to train up to trainer.max_iter=3; raise it" in capsys.readouterr().err
+    assert launch(*teacher_forced(second, there)) == 0
     assert launch(*teacher_forced(whole)) == 0
     assert same(everything(second), everything(whole))
     assert [record["step"] for record in lines(second)] == [4, 5, 6]
