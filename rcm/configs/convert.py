@@ -8,7 +8,7 @@ itself raise `ConfigError`; nothing is dropped or guessed. Conveniences: a float
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
@@ -220,11 +220,8 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
             f"{path}={value!r} is a text; write it in quotes, such as {path.rsplit('.', 1)[-1]}:"
             f' "{value}"'
         )
-    if (
-        hint is int
-        and isinstance(value, int | float)
-        and math.isfinite(value)
-        and value == int(value)
+    if hint is int and (
+        isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     ):
         return int(value)
     if hint is float and isinstance(value, str) and "/" in value:
@@ -233,7 +230,7 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
         except (ValueError, ZeroDivisionError):
             raise wrong from None
     if hint is float and isinstance(value, int | float):
-        if not math.isfinite(value):
-            raise ConfigError(f"{path}={value!r} must be finite")
-        return float(value)
+        if abs(value) <= sys.float_info.max:  # whole numbers may be larger
+            return float(value)
+        raise ConfigError(f"{path}={value!r} must be finite")
     raise wrong

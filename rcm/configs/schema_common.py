@@ -177,7 +177,7 @@ class CommonModelConfig(Record, ABC):
     loss_scale: float = within(100.0, least=0)
     loss_scale_dmd: float = within(1.0, least=0)  # factor of the DMD loss
     # 1 student iteration, then this number - 1 fake-score iterations
-    student_update_freq: int = within(5, least=1)
+    student_update_freq: int = within(5, least=1, most=10**12)
     # longest rollout of the step-count cycle
     max_simulation_steps_fake: int = within(4, least=1, most=1024)
     # iterations over which the JVP term of sCM fades in

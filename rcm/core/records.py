@@ -14,12 +14,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rcm.core.errors import ConfigError
 
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can be
+        return False
+
+
 _SCALARS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("True or False", lambda v: isinstance(v, bool)),
     int: ("a whole number", lambda v: isinstance(v, Integral) and not isinstance(v, bool)),
     float: (
         "a finite number",
-        lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v),
+        lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_finite(v),
     ),
     str: ("a text", lambda v: isinstance(v, str)),
     type(None): ("None", lambda v: v is None),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.core.records import Record, check_kinds
+from rcm.core.records import Record, check_kinds, within
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time import check_shift, shift_time, unshift_time
 
@@ -94,8 +94,8 @@ class TimeLawConfig(Record):
 
     # `LogNormal` reads p_mean and p_std, `UniformShift` shift
     law: Literal["lognormal", "uniform_shift"] = "lognormal"
-    p_mean: float = -0.8  # mean of log sigma
-    p_std: float = 1.6  # standard deviation of log sigma
+    p_mean: float = within(-0.8, least=-100, most=100)  # mean of log sigma
+    p_std: float = within(1.6, most=100)  # standard deviation of log sigma
     shift: float = 5.0  # s, in 0.001 to 1000
 
     def __post_init__(self) -> None:

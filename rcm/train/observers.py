@@ -53,8 +53,8 @@ class SamplingConfig(Record):
     """The keys of sample videos during training."""
 
     # iterations between sample grids of the live student; 0 = never
-    every_n: int = within(0, least=0)
-    ema_every_n: int = within(0, least=0)  # the same for the EMA weights; 0 = never
+    every_n: int = within(0, least=0, most=10**12)
+    ema_every_n: int = within(0, least=0, most=10**12)  # the same for the EMA weights; 0 = never
     num_samples: int = within(5, least=1, most=1024)  # prompts per grid
     run_at_start: bool = False  # also before the first iteration
 

@@ -35,7 +35,7 @@ class AdamWConfig(Record):
     weight_decay: float = within(0.1, least=0)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of first and second moment, in [0, 1)
     # added to the root of the second moment; float32 must hold it, or 0 / 0 makes weights NaN
-    eps: float = within(1e-8, least=1e-37)
+    eps: float = within(1e-8, least=1e-37, most=1)
     # form in which both moments are kept: bfloat16 rounded at random; int8, float8 need torchao
     states: States = "float32"
 

@@ -80,7 +80,7 @@ class CheckpointConfig(Record):
     """Saving and resuming."""
 
     save_iter: int = within(500, least=1, most=10**12)  # iterations between checkpoints
-    keep_last: int = within(0, least=0)  # number of checkpoints kept; 0 = all
+    keep_last: int = within(0, least=0, most=10**12)  # number of checkpoints kept; 0 = all
     # checkpoint, or job, to continue from where this run's folder has none yet ("" = start at 0);
     # its own newest wins
     load_path: str = ""

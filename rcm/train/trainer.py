@@ -76,7 +76,7 @@ class TrainerConfig(Record):
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
     # iterations of this process before two that the profiler records; 0 = no profile
-    profile_iter: int = within(0, least=0)
+    profile_iter: int = within(0, least=0, most=10**12)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
 

@@ -59,3 +59,5 @@ def test_numbers_stay_within_the_bounds_of_their_field() -> None:
 def test_a_value_of_thousands_of_digits_is_named_in_short() -> None:
     with pytest.raises(ConfigError, match=r"^key=\(a number of thousands of digits\) must be a text$"):
         require_kind("key", 10**5000, str)
+    with pytest.raises(ConfigError, match=r"^key=10{76}\.\.\. must be a finite number$"):
+        require_kind("key", 10**400, float)
