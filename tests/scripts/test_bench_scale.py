@@ -264,6 +264,7 @@ def ran(*words: str) -> int:
 
 @pytest.mark.parametrize(("name", "beside"), [("gan", ("gan_head",)), ("small_roles", ())])
 def test_the_head_of_a_discriminator_is_updated_beside_its_network(name: str, beside: tuple[str, ...]) -> None:
+    load_registry(DEFAULT_REGISTRY)
     run = composed(row_named(f"sf_dmd_replayed-1.3B-one-{name}"), ranks=1, tiny=True)
     roles = [phase.roles for phase in scripted_phases(run, ["student", "fake_score"], [0])]
     assert roles == [("student",), ("fake_score", *beside)]
