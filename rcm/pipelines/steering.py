@@ -26,7 +26,8 @@ an RF time.
 
 def require_fitting(cond: Condition, loop: ChunkLoop) -> None:
     """`ConfigError` for a condition that the passes of `loop` could not take: another device, text
-    of another size, and for captured passes other shapes than those of the first.
+    of another size, channels of frames that the policy places anew, and for captured passes other
+    shapes than those of the first.
     """
     net, text = net_of(loop.denoiser), cond.text
     weight = next(net.parameters(), text)
@@ -41,6 +42,12 @@ def require_fitting(cond: Condition, loop: ChunkLoop) -> None:
         raise ConfigError(
             f"the text of a condition must be [B, up to {length}, {width}], got"
             f" {list(text.shape)}; encode it with the network's own text encoder"
+        )
+    policy = loop.canvas.policy
+    if cond.concat is not None and not policy.absolute:
+        raise ConfigError(
+            f"the condition has channels for the frames of a video, and {type(policy).__name__} has"
+            " chunks stand elsewhere; choose a policy of absolute positions, such as SlidingWindow"
         )
     if (first := loop.captured_for()) is not None:
         mine, theirs = ([list(x.shape) for x in c.tensors()] for c in (cond, first))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import Receipt, StreamCancelled
+from tests.pipelines.test_session_codec import RECIPE
 from tests.pipelines.test_session_snapshot import chunks, cond, opened
-from tests.support.tiny_nets import tiny_net
+from tests.rollout.test_eviction import POLICIES
+from tests.support.tiny_nets import HEIGHT, WIDTH, tiny_net
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,17 @@ def test_who_waits_for_a_change_hears_of_its_end(denoiser):
     assert told == ["the stream ended before", "a snapshot was taken up before", "the stream ended before",
                     "the last chunk of this stream was made before"]  # fmt: skip
     assert last.step() is None
+
+
+@pytest.mark.parametrize("policy", ["sliding", "rolling", "infinity", "mem", "deep", "relax", "relax paper"])
+def test_channels_of_frames_need_chunks_at_their_places(denoiser, policy):
+    """Or a chunk would be given those of other frames."""
+    session = opened(denoiser, replace(RECIPE, mids=((),)), policy=POLICIES[policy][0], num_frames=40)
+    given = replace(cond(), concat=torch.zeros(2, 1, 40, HEIGHT, WIDTH))
+    chunks(session, 14)
+    refused = session._pending.placement.frame_index != (13,)
+    with pytest.raises(ConfigError, match="channels for the frames of a video") if refused else nullcontext():
+        session.set_condition(given)
 
 
 @pytest.mark.parametrize(("meanwhile", "told"), [("asked", (True, "")), ("cancelled", (False, "the stream ended before"))])

@@ -49,6 +49,8 @@ class CachePolicy:
     """Whether keys may as well be stored the other way: true of policies that leave positions as
     they are.
     """
+    absolute = True
+    """Whether a new chunk stands at its frames' places in the video."""
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
         """Most latent frames in a cache, the chunk in the making included; None: all."""

@@ -36,7 +36,7 @@ class InfinityRope(CachePolicy):
     cuts: frozenset[int] = frozenset()
 
     keys = "pre_rope"
-    any_keys = False
+    any_keys = absolute = False
 
     def __post_init__(self) -> None:
         check_kinds(self)

@@ -47,7 +47,7 @@ class MemRope(CachePolicy):
     per_position: bool = False
 
     keys = "pre_rope"
-    any_keys = False
+    any_keys = absolute = False
 
     def __post_init__(self) -> None:
         check_kinds(self, prefix="mr_")

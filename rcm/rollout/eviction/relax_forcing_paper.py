@@ -47,7 +47,7 @@ class RelaxForcingPaper(CachePolicy):
     reduce: Reduce | None = None
 
     keys = "pre_rope"
-    any_keys = False
+    any_keys = absolute = False
 
     def __post_init__(self) -> None:
         check_kinds(self, prefix="rx_")
