@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
@@ -45,19 +43,10 @@ def test_layouts_by_number_of_ranks() -> None:
         bench_multi_gpu.combinations(6)
 
 
-def refusal(*words: str) -> tuple[int, str]:
-    """Exit status in this rank's group, and what it says."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        return ran(*words), said.getvalue()
-
-
-@pytest.mark.dist
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    """Before anything runs where that can be, and never as a difference of numbers."""
-    missing = f"{tmp_path}/none.pt"
-    for status, said in run_ranks(2, refusal, "--truth", missing, tmp_path=tmp_path):
-        assert status == 2 and said.count("\n") == 1
-        assert f"--truth {missing} is not there; write it first" in said
+    """And is no difference of numbers."""
+    with pytest.raises(ConfigError, match="--truth .*/none.pt is not there; write it first"):
+        bench_multi_gpu.read_truth(tmp_path / "none.pt")
     truth = {"grad.w": torch.ones(3), "v.0": torch.ones(2)}
     for wrong in ({}, {**truth, "grad.b": torch.ones(1)}, {**truth, "v.0": torch.ones(3)}):
         with pytest.raises(ConfigError, match="t.pt is of another network; write it anew"):
