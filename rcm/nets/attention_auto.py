@@ -111,6 +111,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
         teacher forcing over 65,520 tokens        chunks of 3   chunks of 1   chunks of 1, 4
         triton, no gradient                           11.9          11.2          13.1
         triton + cudnn, forward + backward            51.4          47.9          52.5
+        triton + flash4, the same (another card)      46.7          44.2          48.0
         one SDPA call per segment                     63.1          88.6          61.8
         FlexAttention (Triton)                        73.6          68.2          76.3
 
