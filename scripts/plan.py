@@ -203,10 +203,15 @@ def print_proposal(levers: Found, search: Search, overrides: Sequence[str]) -> N
         words, batch = words_of(levers.levers, wider.job), wider.job.global_batch
         told = f"{' '.join(words)} (global batch {batch})"
         print(f"    gpus={wider.job.ranks} of these cards: {told}")
-    if search.takes(ADAPTERS) and not any(net.rank for net in small.job.nets):
+    if offers_adapters(search, small):
         print(f"    adapters instead of all weights (docs/lora.md): {ADAPTERS}")
     keys = "model.config.state_t, model.config.resolution"
     print(f"    fewer latent frames or a smaller resolution: {keys}")
+
+
+def offers_adapters(search: Search, found: Prediction) -> bool:
+    """Whether the run could train adapters, and does not."""
+    return not any(net.rank for net in found.job.nets) and search.takes(ADAPTERS)
 
 
 def print_machines(
@@ -233,6 +238,8 @@ def print_machines(
             print_proposal(levers, search, overrides)
     if best is None:
         print("none of these machines trains it")
+        if offers_adapters(search, found):
+            print(f"  adapters instead of all weights (docs/lora.md) need less: {ADAPTERS}")
     return rows
 
 

@@ -158,6 +158,7 @@ def test_machines_of_one_kind_alone(capsys) -> None:
     assert main(["--smallest", SF, "gpu=rtx4090", "gpus=1"]) == 0
     told = capsys.readouterr().out
     assert "none of these machines trains it" in told and "l40s" not in told
+    assert "adapters instead of all weights (docs/lora.md) need less: model.config.lora.rank=64" in told
 
 
 def test_words_that_the_layout_replaces_are_not_told_twice(capsys) -> None:
