@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ import rcm
 from rcm.configs import listing
 from rcm.configs.compose import compose_run
 from rcm.core.arguments import Arguments
-from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
+from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone, first_line
 from rcm.core.standard_output import lost_output
 from rcm.data.tar_index import ShardError
 from rcm.parallel.agree import sentence, together
@@ -120,14 +121,23 @@ def load_registry(name: str) -> str:
     """Import the registry, call its `register()`, return its name.
 
     `name`: a .py path (also relative to the package's parent folder) or a dotted module.
+    `ConfigError` for one that is not there, and for whatever its own code raises.
     """
-    module = _module_of(name)
-    if not callable(getattr(module, "register", None)):
-        raise ConfigError(
-            f"--config={name}: a registry must define a function register() that fills Hydra's"
-            " ConfigStore"
-        )
-    module.register()
+    try:
+        module = _module_of(name)
+        if not callable(getattr(module, "register", None)):
+            raise ConfigError(
+                f"--config={name}: a registry must define a function register() that fills Hydra's"
+                " ConfigStore"
+            )
+        module.register()
+    except ConfigError:
+        raise
+    except Exception as error:  # what else its code can raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
+        where = f"line {lines[-1]}: " if lines else ""
+        raise ConfigError(f"--config={name}: {where}{first_line(error)}") from error
     return module.__name__ if module.__spec__ and module.__name__.startswith("rcm.") else name
 
 
@@ -190,10 +200,8 @@ def _module_of(name: str) -> ModuleType:
     candidates = [Path(name), inside / name]
     path = next((p.resolve() for p in candidates if p.is_file()), None)
     if path is None:
-        raise ConfigError(
-            f"--config={name}: no such file (looked at {candidates[0].resolve()} and"
-            f" {candidates[1]})"
-        )
+        looked = " and ".join(dict.fromkeys(str(p.resolve()) for p in candidates))
+        raise ConfigError(f"--config={name}: no such file (looked at {looked})")
     if path.is_relative_to(inside / "rcm"):
         return importlib.import_module(".".join(path.relative_to(inside).with_suffix("").parts))
     spec = importlib.util.spec_from_file_location(f"rcm_registry_{path.stem}", path)

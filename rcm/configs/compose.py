@@ -199,7 +199,8 @@ def _compose(overrides: Sequence[str]) -> Any:
                 " family (causal or bidirectional rCM), or to a network that is null (choose one"
                 " first, as in net_fake_score=NAME)"
             ) from error
-        raise ConfigError(f"the config does not compose: {error}") from error
+        why = str(error).partition("\n")[0]  # below it Hydra lists where it looked
+        raise ConfigError(f"the config does not compose: {why}") from error
 
 
 def _refuse_other_family(composed: Mapping[str, Any]) -> None:

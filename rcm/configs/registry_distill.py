@@ -103,8 +103,12 @@ def experiment_names() -> tuple[str, ...]:
 
 
 def add_row(row: Row, *, body: dict | None = None) -> None:
-    """Store the variants of `row`; `body` is the row itself where it has no YAML file."""
+    """Store the variants of `row`; `body` is the row itself where it has no YAML file.
+    `ConfigError` for a name that has one.
+    """
     if body is not None:
+        if (config_dir() / "experiment" / f"{row.name}.yaml").exists():
+            raise ConfigError(f"{row.name} is an experiment of the package; choose another name")
         _put("experiment", row.name, body)
     names: dict[str, dict | None] = {row.name: None}
     if row.causal:

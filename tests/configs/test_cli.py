@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import subprocess
 import sys
 import textwrap
@@ -87,19 +89,34 @@ def test_missing_configs_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path:
         registry_distill.config_dir()
 
 
-def test_bad_registries(tmp_path: Path) -> None:
-    empty = tmp_path / "empty.py"
-    empty.write_text("")
-    for name, message in ((str(empty), "function register"), ("no/such.py", "no such file"), ("rcm.no_such", "no such module")):
-        with pytest.raises(ConfigError, match=message):
-            cli.load_registry(name)
+ROW = "from rcm.configs import registry_distill as r\ndef register():\n    r.register()\n    r.add_row(r.Row(%s"
 
 
-def test_an_import_error_inside_a_registry_is_not_hidden(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.py"
-    broken.write_text("import a_package_that_is_not_there")
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        cli.load_registry(str(broken))
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("", "must define a function register"),
+        (None, "mine.py: no such file"),
+        ("import a_package_that_is_not_there", "mine.py: line 1: ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("def register(:", r"mine.py: SyntaxError: invalid syntax \(mine.py, line 1\)"),
+        ("def register():\n    raise RuntimeError('boom')", "mine.py: line 2: RuntimeError: boom"),
+        (ROW % "'toy_tf'), body={})", "toy_tf is an experiment of the package; choose another name"),
+        (ROW % "'mine'), body={'defaults': ['toy_tff', '_self_']})", "does not compose: In 'experiment/mine': Could not load .*toy_tff"),
+    ],
+)
+def test_bad_registries_are_one_sentence(tmp_path: Path, capsys, monkeypatch, source: str | None, told: str) -> None:
+    store, file = ConfigStore.instance(), tmp_path / "mine.py"
+    monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))  # other tests list what is in it
+    if source is not None:
+        file.write_text(source)
+    assert cli.main([f"--config={file}", "--dryrun", "experiment=mine_c3-3"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(told, said) and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+def test_a_module_that_is_not_there_is_no_registry() -> None:
+    with pytest.raises(ConfigError, match="no such module"):
+        cli.load_registry("rcm.no_such")
 
 
 @pytest.mark.parametrize(
