@@ -183,9 +183,7 @@ class Verdict:
     reason: str | None
 
 
-def judge(
-    first: Mapping[str, float], second: Mapping[str, float], *, cap: float = 100.0
-) -> Verdict:
+def judge(first: Mapping[str, float], second: Mapping[str, float]) -> Verdict:
     """Which of two clips of the same content is worse.
 
     The strongest worsening decides: harm of one kind often improves another number (blur removes
@@ -196,7 +194,7 @@ def judge(
     odd = [m.name for m in shared if not math.isfinite(first[m.name] - second[m.name])]
     if odd:
         raise ConfigError(f"{', '.join(odd)} of the two clips is no finite number: no verdict")
-    harm = {m.name: max(-cap, min(cap, m.harm(first[m.name], second[m.name]))) for m in shared}
+    harm = {m.name: max(-100.0, min(100.0, m.harm(first[m.name], second[m.name]))) for m in shared}
     if not harm:
         raise ConfigError("the two clips have no metric in common")
     most, least = max(harm, key=lambda name: harm[name]), min(harm, key=lambda name: harm[name])

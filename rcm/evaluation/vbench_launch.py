@@ -166,18 +166,12 @@ def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> 
     write_atomically(launch.full_json, json.dumps(listed, ensure_ascii=False))
 
 
-def missing_videos(
-    videos: Path,
-    rows: Sequence[Mapping[str, Any]],
-    dimension: str,
-    *,
-    num_samples: int = SCORED_SAMPLES,
-) -> list[str]:
+def missing_videos(videos: Path, rows: Sequence[Mapping[str, Any]], dimension: str) -> list[str]:
     """Files that VBench would not find, or find empty; it only warns of the first, passes over the
     others in temporal_flickering, and scores what there is.
     """
     prompts = [row["prompt_en"] for row in rows if dimension in row["dimension"]]
-    names = [f"{prompt}-{sample}.mp4" for prompt in prompts for sample in range(num_samples)]
+    names = [f"{prompt}-{sample}.mp4" for prompt in prompts for sample in range(SCORED_SAMPLES)]
     return [name for name in names if not holds_bytes(videos / name)]
 
 

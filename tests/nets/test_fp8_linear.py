@@ -128,13 +128,12 @@ def test_shared_projections_are_right_in_any_order_and_hold_nothing():
     assert q.shared.held is None
 
 
-def test_skipped_blocks_and_sizes_that_do_not_fit_stay():
+def test_sizes_that_do_not_fit_stay():
     net = tiny_net(dtype=torch.float32, ffn_dim=100)
-    report = quantise_linears_(net, which="all", skip_blocks=[-1])
-    assert report.kept == ("blocks.0.ffn.0", "blocks.0.ffn.2")
-    assert "2 kept" in str(report)
-    assert len(report.replaced) == 6
-    assert not any(isinstance(module, FP8Linear) for module in net.blocks[1].modules())
+    report = quantise_linears_(net, which="all")
+    assert report.kept == tuple(f"blocks.{i}.ffn.{j}" for i in (0, 1) for j in (0, 2))
+    assert "4 kept" in str(report) and len(report.replaced) == 12
+    assert not any(isinstance(module, FP8Linear) for module in net.blocks[1].ffn.modules())
 
 
 def test_casts_leave_rounded_weights_alone_and_copies_are_whole():
@@ -158,7 +157,6 @@ def test_refusals_are_one_sentence():
     fresh.head.head.bias.data.zero_()
     for call, said in (
         (lambda: quantise_linears_(net, which="qkx"), "unknown FP8 layers 'qkx'"),
-        (lambda: quantise_linears_(net, skip_blocks=[2]), "block 2, the network has 2"),
         (lambda: quantise_linears_(fresh, velocity=noise_velocity(fresh, size=SIZE)), "the velocity is zero"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -80,20 +80,18 @@ def quantise_linears_(
     net: WanDiT,
     *,
     which: str | Iterable[str] = "auto",
-    skip_blocks: Iterable[int] = (),
     velocity: Velocity | None = None,
 ) -> FP8Report:
     """Replace linear layers of the blocks of `net` by `FP8Linear` in place, for inference.
 
-    which         of `chosen_layers`.
-    skip_blocks   blocks that are left as they are; negative numbers count from the end.
-    velocity      how to compute a velocity, such as `noise_velocity(net, ...)`; runs before and
-                  after, and the report states the error.
+    which      of `chosen_layers`.
+    velocity   how to compute a velocity, such as `noise_velocity(net, ...)`; runs before and after,
+               and the report states the error.
     A layer whose sizes do not fit is kept, and named in the report. Afterwards `net` is in eval
-    mode and refuses training, tangents and its state dict. `ConfigError` for unknown names, blocks
-    that do not exist, a network that is quantised or has low-rank adapters, or a GPU without FP8.
+    mode and refuses training, tangents and its state dict. `ConfigError` for unknown names, a
+    network that is quantised or has low-rank adapters, or a GPU without FP8.
     """
-    names, skipped = chosen_layers(which), _block_indices(net, skip_blocks)
+    names = chosen_layers(which)
     if is_adapted(net):
         raise ConfigError(
             "a network with low-rank adapters has no FP8 products, which would leave the adapters"
@@ -111,7 +109,7 @@ def quantise_linears_(
     replaced: list[str] = []
     kept: list[str] = []
     for index, block in enumerate(net.blocks):
-        for name in names if index not in skipped else ():
+        for name in names:
             done = replaced if _replace(cast(WanBlock, block), name) else kept
             done += [f"blocks.{index}.{path}" for path in LAYERS[name]]
     if replaced:
@@ -140,27 +138,23 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def noise_velocity(
-    net: WanDiT, *, size: tuple[int, int], frames: int = 1, timestep: float = 500.0, seed: int = 0
-) -> Velocity:
-    """A velocity of noise [1, in_dim, frames, *size] and random text under full attention; the same
-    inputs at every call.
+def noise_velocity(net: WanDiT, *, size: tuple[int, int], frames: int = 1) -> Velocity:
+    """A velocity of noise [1, in_dim, frames, *size] and random text under full attention, half way
+    to noise; the same inputs at every call.
     """
     config = net.config
-    x, cond = _drawn(net, (1, config.in_dim, frames, *size), seed=seed)
-    time = torch.full((1, 1), timestep, dtype=torch.float32, device=x.device)
+    x, cond = _drawn(net, (1, config.in_dim, frames, *size))
+    time = torch.full((1, 1), 500.0, dtype=torch.float32, device=x.device)
     layout = TokenLayout.bidirectional(frames, grid=config.token_grid(*size))
     return lambda network: network(x, time, cond, layout)
 
 
-def attention_error(
-    denoiser: Denoiser, *, size: tuple[int, int], timestep: float = 500.0, seed: int = 0
-) -> float:
+def attention_error(denoiser: Denoiser, *, size: tuple[int, int]) -> float:
     """Relative error of the velocity of a frame of noise [in_dim, 1, *size] over a cached one when
     attention runs in FP8: same noise, random text and weights.
     """
-    frames, cond = _drawn(denoiser.net, (2, 1, denoiser.net.config.in_dim, 1, *size), seed=seed)
-    t = torch.full((1, 1), timestep / 1000.0, dtype=torch.float64, device=frames.device)
+    frames, cond = _drawn(denoiser.net, (2, 1, denoiser.net.config.in_dim, 1, *size))
+    t = torch.full((1, 1), 0.5, dtype=torch.float64, device=frames.device)
     grid = denoiser.token_grid(*size)
     found = []
     with torch.no_grad():
@@ -176,10 +170,10 @@ def attention_error(
     return relative_error(found[1], found[0])
 
 
-def _drawn(net: WanDiT, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Condition]:
+def _drawn(net: WanDiT, shape: tuple[int, ...]) -> tuple[Tensor, Condition]:
     """Noise of `shape` and a random condition of `net`, where its weights lie."""
     config, weight = net.config, net.patch_embedding.weight
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(weight)
@@ -188,17 +182,6 @@ def _drawn(net: WanDiT, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, C
     image = draw(1, tokens, config.image_dim) if config.image_branch else None
     x = draw(*shape)
     return x, Condition(draw(1, config.text_len, config.text_dim), image=image)
-
-
-def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:
-    count = len(net.blocks)
-    for index in (skipped := list(skip_blocks)):
-        if not -count <= index < count:
-            raise ConfigError(
-                f"skip_blocks names block {index}, the network has {count}; choose from {-count} to"
-                f" {count - 1}"
-            )
-    return {index % count for index in skipped}
 
 
 def _replace(block: WanBlock, name: str) -> bool:
