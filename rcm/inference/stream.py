@@ -258,10 +258,11 @@ def _write(
                 f" {frames / max(spent, 1e-9):.1f} fps",
                 flush=True,
             )
+    later = f", later chunks every {report.later_chunks:.3f} s"
     print(
         f"{path.given}: {report.num_frames} frames in {report.chunk_seconds[-1]:.3f} s"
-        f" ({report.fps:.1f} fps), first chunk after {report.first_chunk:.3f} s, later chunks every"
-        f" {report.later_chunks:.3f} s",
+        f" ({report.fps:.1f} fps), first chunk after {report.first_chunk:.3f} s"
+        f"{later if len(report.chunk_seconds) > 1 else ''}",
         flush=True,
     )
     return report
