@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.gan_head import Taps
 from rcm.nets.kv_view import CacheView
@@ -92,8 +93,8 @@ def check_embedded(config: WanConfig, cond: Condition) -> None:
         raise ValueError(
             f"text must be [B, <= {config.text_len}, {config.text_dim}], got {tuple(text.shape)}"
         )
-    if (image is not None) != config.image_branch:
-        raise ValueError(
+    if (image is not None) != config.image_branch:  # a pipeline's choice of files
+        raise ConfigError(
             f"image tokens are {'given' if image is not None else 'missing'}, but"
             f" net.image_branch={config.image_branch}"
         )
