@@ -40,12 +40,17 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def require_lines(path: Path, *, others: Sequence[str]) -> None:
+TABLES = (".csv", ".json", ".jsonl")
+"""Names of files whose lines are no prompts as they stand."""
+
+
+def require_lines(path: str | Path, *, others: Sequence[str] = TABLES) -> None:
     """`ConfigError` for a file whose name says that its lines are no prompts."""
-    if path.suffix.lower() in others:
+    if Path(path).suffix.lower() in others:
+        records = "" if ".jsonl" in others else ', or a .jsonl with a {"prompt": ...} per line'
         raise ConfigError(
-            f"prompt file {path} would be read line by line; write a text with a prompt per line,"
-            ' or a .jsonl with a {"prompt": ...} per line'
+            f"prompt file {path} would be read line by line; write a text with a prompt per line"
+            f"{records}"
         )
 
 

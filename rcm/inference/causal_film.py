@@ -13,6 +13,7 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.core.text_file import read_lines
+from rcm.data.prompts import require_lines
 from rcm.diffusion.blocks import BlockPattern
 from rcm.encoders.codec import latent_frames
 from rcm.encoders.prompt_cleaning import checked_prompts
@@ -137,6 +138,7 @@ def _timelines(flags: argparse.Namespace) -> tuple[Timeline, ...]:
         return (read_timeline(flags.scene_file),)
     if flags.prompt_file is None:
         return (parse_timeline(flags.prompt),)
+    require_lines(flags.prompt_file)
     lines = enumerate(read_lines(flags.prompt_file, what="prompt file", knob="--prompt_file"), 1)
     prompts = checked_prompts(
         [(f"line {i} of {flags.prompt_file}", line) for i, line in lines],

@@ -25,6 +25,7 @@ from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.core.text_file import read_lines
+from rcm.data.prompts import require_lines
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.evaluation.throughput import Throughput, measure
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
@@ -132,6 +133,7 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
     """
     named = [(f"--prompt number {i}", text) for i, text in enumerate(given or (), 1)]
     if file is not None:
+        require_lines(file)
         lines = read_lines(file, what="prompt file", knob="--prompt_file")
         named += [(f"line {i} of {file}", text) for i, text in enumerate(lines, 1)]
     if not named:

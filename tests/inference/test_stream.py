@@ -8,12 +8,15 @@ import errno
 import json
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from rcm.core.errors import ConfigError
+from rcm.inference.causal_film import _timelines
 from rcm.inference.stream import main, read_prompts
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.video_io import probe, read_mp4, write_mp4
@@ -169,6 +172,17 @@ def test_user_errors_are_one_sentence_and_exit_with_2(jobs, tmp_path, capsys, jo
     assert said.err.count("\n") == 1
     assert "Traceback" not in said.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.JSONL"])
+@pytest.mark.parametrize(
+    "read",
+    [lambda file: read_prompts(None, file, allow_empty=False), lambda file: _timelines(Namespace(scene_file=None, prompt_file=file))],
+)
+def test_lines_of_a_table_are_no_prompts(name, read, tmp_path):
+    (tmp_path / name).write_text("a red square\n")
+    with pytest.raises(ConfigError, match=f"{name} would be read line by line; write a text with a prompt per line$"):
+        read(str(tmp_path / name))
 
 
 def test_no_prompt_and_empty_prompt(jobs, tmp_path, capsys):
