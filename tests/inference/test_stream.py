@@ -204,13 +204,14 @@ def test_first_frames_off_a_block_boundary(jobs, tmp_path, capsys):
         assert stream(jobs[job], tmp_path / "a.mp4", "--first_frames", str(clip), *flags) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "a.mp4").exists()
-    described, prompts = tmp_path / "a.pt.json", tmp_path / "p.json"
+    described, prompts = tmp_path / "a.pt.json", tmp_path / "p.txt"
     (tmp_path / "link.mp4").symlink_to(clip), described.write_text("{}"), prompts.write_text("a red square")
+    (tmp_path / "p.json").symlink_to(prompts)
     before = clip.read_bytes()
     for target, *flags in (
         ("link.mp4", "--first_frames", clip),
         ("b.mp4", "--report", described, "--ckpt", tmp_path / "a.pt"),
-        ("b.mp4", "--report", prompts, "--prompt_file", prompts),
+        ("b.mp4", "--report", tmp_path / "p.json", "--prompt_file", prompts),
     ):
         assert stream(jobs["student"], tmp_path / target, *map(str, flags)) == 2
         name = "first_frames" if target == "link.mp4" else flags[2].removeprefix("--")
