@@ -5,6 +5,7 @@ name.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -108,6 +109,41 @@ def test_launch_scripts_are_bash(name: str) -> None:
 def test_a_launch_script_asks_for_what_it_needs() -> None:
     told = subprocess.run(["bash", str(LAUNCH / "machines.sh")], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
     assert told.returncode != 0 and "number of machines" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "own", "place"),
+    [
+        ("127.0.0.1", "", "--local_addr=127.0.0.1 --rdzv_conf=is_host=1"),
+        ("10.0.0.1", "10.0.0.1", "--local_addr=10.0.0.1 --rdzv_conf=is_host=1"),
+        ("10.0.0.1", "10.0.0.2", "--local_addr=10.0.0.2 --rdzv_conf=is_host=0"),
+        ("node-1", "10.0.0.1", ""),
+    ],
+)
+def test_a_machine_knows_its_own_address(first: str, own: str, place: str, tmp_path: Path) -> None:
+    """Where /etc/hosts leads the host name to loopback, torchrun does not: nobody kept the list."""
+    for name, line in ({"torchrun": 'echo "$@"'} | ({"python3": f"echo {own}"} if own else {})).items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FIRST": first, "MACHINES": "2"}
+    told = subprocess.run(
+        ["bash", str(LAUNCH / "machines.sh"), "experiment=x", "a=b c"], capture_output=True, text=True, env=env, check=True
+    ).stdout
+    words = "--nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_id=rcm"
+    assert told.split() == f"{words} --rdzv_endpoint={first}:29500 {place} -m rcm train experiment=x a=b c".split()
+
+
+def test_a_step_of_slurm_has_the_cores_of_its_task(tmp_path: Path) -> None:
+    for name, line in {"scontrol": "printf 'n1\\nn2\\n'", "srun": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EXPERIMENT": "x", "SLURM_JOB_NODELIST": "n[1-2]"}
+    env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64"}
+    told = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "k=v"], capture_output=True, text=True, env=env, check=True
+    ).stdout.splitlines()
+    assert all(line.startswith("--kill-on-bad-exit=1 --cpus-per-task=64 torchrun --nnodes=2 ") and "=n1:29500 " in line for line in told)
+    assert [line.partition(" -m ")[2] for line in told] == ["rcm doctor --quick", "rcm train experiment=x k=v"]
 
 
 def test_the_job_of_kubernetes_is_whole() -> None:
