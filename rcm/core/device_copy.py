@@ -1,11 +1,27 @@
-"""Devices: whether one is there, and copies to it for which the host does not wait."""
+"""Devices: whether one is there, whether its memory ran out, and copies to it for which the host
+does not wait.
+"""
 
 from __future__ import annotations
+
+import re
 
 import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+
+_RAN_OUT = re.compile(r"can't allocate memory|out of memory|_STATUS_ALLOC_FAILED")
+"""As torch says it of host memory; the driver of pinned memory, graphs, contexts, launches; cuBLAS
+and cuDNN. Only torch's own pool of device memory has a class for it.
+"""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in host memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _RAN_OUT.search(str(error)) is not None
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.process_wide import ProcessWide
 from rcm.encoders.wan_vae_net import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
 from rcm.encoders.wan_vae_state import StreamState
 from rcm.encoders.wan_vae_tiles import Tile, plan_tiles
@@ -194,8 +195,9 @@ class DecodeStream:
         count = frames.shape[1]
         if count not in self._captured:
             # compiles kernels and packs weights, which a capture may not
+            piece = self._vae.decode_step(frames, state)
             self._captured[count] = None
-            return self._vae.decode_step(frames, state)
+            return piece
         captured = self._captured[count]
         if captured is None:
             captured = self._captured[count] = _CapturedStep(self._vae, state, frames)
@@ -334,14 +336,31 @@ def require_latents(latents: Tensor, *, channels: int) -> None:
 
 
 @contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """No TF32, and no search among algorithms. Not `torch.backends.cudnn.flags`, which leaves TF32
+    on where torch.backends.fp32_precision chose it, and then raises.
+    """
+    cudnn: Any = torch.backends.cudnn
+    precision, search = cudnn.conv.fp32_precision, cudnn.benchmark
+    cudnn.conv.fp32_precision, cudnn.benchmark = "ieee", False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.conv.fp32_precision = search, "none"
+        if cudnn.conv.fp32_precision != precision:  # else it goes on following the general one
+            cudnn.conv.fp32_precision = precision
+
+
+EXACT = ProcessWide(_exact_convolutions)
+"""The same while any thread is in a network."""
+
+
+@contextlib.contextmanager
 def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
     """The codec's dtype is its precision: no autocast, and no TF32 in float32 convolutions."""
-    exact = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=False, allow_tf32=False
-    )
     with (
         torch.autocast(vae.device.type, enabled=False),
-        exact if vae.device.type == "cuda" else contextlib.nullcontext(),
+        EXACT if vae.device.type == "cuda" else contextlib.nullcontext(),
     ):
         yield
 

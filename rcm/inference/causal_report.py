@@ -44,7 +44,7 @@ class Stopwatch:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # the current card may be another
         return event
 
     def ms(self, start: Moment, stop: Moment) -> float:

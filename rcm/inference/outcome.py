@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from loguru import logger
 
 from rcm.core.device_copy import check_device as check_device
+from rcm.core.device_copy import out_of_memory as out_of_memory
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.core.output_file import OutputFile
 from rcm.core.standard_output import lost_output
@@ -118,13 +118,6 @@ def sparing(target: OutputFile, flags: argparse.Namespace, *, knob: str) -> Outp
                 " choose another name"
             )
     return target
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or in host memory."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
 
 
 def _say(sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -33,8 +34,12 @@ class CudaGraph:
             self._graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 step()
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                # what a step leaves half done spoils the capture, which then says so itself
+                with suppress(RuntimeError):
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
         now.wait_stream(side)
 
     def replay(self) -> None:

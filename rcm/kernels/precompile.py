@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from rcm.core.process_wide import ProcessWide
+
 if TYPE_CHECKING:  # Triton is absent on machines without a GPU
     from triton.compiler import CompiledKernel
 
@@ -110,7 +112,7 @@ def _precompile(plan: Callable[[], object], device: torch.device, threads: int) 
         threads, thread_name_prefix="compile", initializer=torch.cuda.set_device, initargs=(device,)
     )
     loading = _Loading(pool, start)
-    with _quick_turns(), torch.cuda.device(device), pool, triton.AsyncCompileMode(loading):
+    with QUICK_TURNS, torch.cuda.device(device), pool, triton.AsyncCompileMode(loading):
         plan()
         planned = time.perf_counter() - start
     return Compiled(loading.submitted, time.perf_counter() - start, planned, tuple(loading.parts))
@@ -127,6 +129,10 @@ def _quick_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
+
+
+QUICK_TURNS = ProcessWide(_quick_turns)
+"""The same while any thread has a plan."""
 
 
 class _Loading:

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import os
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from importlib.metadata import packages_distributions, version
 from types import ModuleType
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
+from rcm.core.device_copy import out_of_memory
 from rcm.core.errors import ConfigError, first_line
+from rcm.kernels.launching import device_of
 from rcm.kernels.masks import Full, MaskSpec
 from rcm.nets.attention_dense import by_segment, wants_gradient
 from rcm.nets.attention_trial import TOKENS, trial
@@ -33,10 +36,6 @@ CHOOSE = (
 )
 
 
-NO_FAILURE = (ConfigError, torch.OutOfMemoryError, _StopRecomputationError)
-"""What passes through a package's call as it is; by the last torch's recomputation leaves a forward
-pass as soon as it has what was saved.
-"""
 WITHOUT_KEY = "RCM_ATTENTION_WITHOUT"
 """Environment: back ends that auto does not choose, such as "flash3" or "flash3,flash4"."""
 FLASH4_HINT = "pip install --pre 'flash-attn-4[cu13]' (needs compute capability 9.0 or higher)"
@@ -70,8 +69,13 @@ def _does_not_load(backend: str, module: str, error: BaseException) -> ConfigErr
     )
 
 
-def failed(backend: str, module: str, q: Tensor, k: Tensor, error: Exception) -> ConfigError:
-    """What a package raised in a call that nothing spoke against."""
+def told_failure(backend: str, module: str, q: Tensor, k: Tensor, error: Exception) -> Exception:
+    """What to raise for what a package raised in a call that nothing spoke against: `error` itself
+    where it is none of the package's, for memory ran out, or torch's recomputation leaves a forward
+    pass as soon as it has what was saved.
+    """
+    if isinstance(error, ConfigError | _StopRecomputationError) or out_of_memory(error):
+        return error
     return ConfigError(
         f"attention backend '{backend}' failed: {_told(module)} raised {first_line(error)} for q"
         f" {tuple(q.shape)}, k {tuple(k.shape)} in {q.dtype} on {q.device}; {CHOOSE}; where auto"
@@ -107,11 +111,13 @@ class Package(ABC):
         if (problem := self.problem(q, k, v)) is not None:
             raise ConfigError(problem)
         try:
-            return self.attend(q, k, v, mask=mask, scale=scale)
-        except NO_FAILURE:
-            raise
+            with nullcontext() if torch.compiler.is_compiling() else device_of(q):
+                return self.attend(q, k, v, mask=mask, scale=scale)
         except Exception as error:
-            raise failed(self.name, self.module, q, k, error) from error
+            told = told_failure(self.name, self.module, q, k, error)
+            if told is error:
+                raise
+            raise told from error
 
     @abstractmethod
     def attend(

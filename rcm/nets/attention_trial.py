@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from rcm.core.device_copy import out_of_memory
 from rcm.core.errors import ConfigError, first_line
 from rcm.kernels.replay import keeping
 from rcm.nets.attention_dense import DenseAttention, Reference
@@ -67,9 +68,9 @@ def trial(
     try:
         with _unseen(device), torch.set_grad_enabled(gradient):
             return run()
-    except (ConfigError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # packages for another torch or card raise whatever they meet
+        if isinstance(error, ConfigError) or out_of_memory(error):
+            raise
         return first_line(error)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -47,10 +49,11 @@ class DecodeLane:
 
     def restart(self) -> None:
         """Begin another video, in the memory of this one where the decoder can."""
-        if self._decoder is not None and hasattr(self._decoder, "restart"):
-            self._decoder.restart()
-        else:
-            self._decoder = self._opened()
+        with self._between():
+            if self._decoder is not None and hasattr(self._decoder, "restart"):
+                self._decoder.restart()
+            else:
+                self._decoder = self._opened()
 
     def _opened(self) -> LatentStream:
         if self._captures:
@@ -91,11 +94,26 @@ class DecodeLane:
 
     def state(self) -> Any:
         """A copy of what the decoder remembers."""
-        return self._running.state_copy()
+        with self._between():
+            return self._running.state_copy()
 
     def load_state(self, state: Any) -> None:
         """Take up a `state`."""
-        self._running.load_state(state)
+        with self._between():
+            self._running.load_state(state)
+
+    @contextmanager
+    def _between(self) -> Iterator[None]:
+        """What is done here to the decoder's memory stands behind the decode under way, of a step
+        that failed say, and before the next one.
+        """
+        if self._stream is None:
+            yield
+            return
+        now = torch.cuda.current_stream(self._device)
+        now.wait_stream(self._stream)
+        yield
+        self._stream.wait_stream(now)
 
     def num_bytes(self) -> int:
         """Bytes that the decoder remembers."""

@@ -73,8 +73,9 @@ def test_a_trial_tells_what_goes_wrong(name):
     for gradient in (False, True):
         told = trial(attend, gradient=gradient, **TRIED)
         assert (told or "").startswith(words if gradient in found else "") and bool(told) == (gradient in found), told
-    with pytest.raises(torch.OutOfMemoryError):
-        trial(raising(torch.OutOfMemoryError("full")), gradient=False, **TRIED)
+    for error in (torch.OutOfMemoryError("full"), torch.AcceleratorError("CUDA error: out of memory")):
+        with pytest.raises(type(error)):
+            trial(raising(error), gradient=False, **TRIED)
 
 
 def test_a_trial_is_not_seen_by_the_caller():
@@ -153,6 +154,35 @@ def test_recomputation_may_end_inside_a_package(name, monkeypatch):
     torch.testing.assert_close(got, wanted)
 
 
+def test_a_package_computes_on_the_card_of_its_inputs(monkeypatch):
+    """Some launch on whatever card is current; memory that runs out under them is no failure."""
+    seen, current = [], ["cuda:0"]
+
+    class Guard:
+        def __init__(self, device):
+            self.before = current[0]
+            current[0] = str(device)
+
+        __enter__, __exit__ = (lambda self: None), (lambda self, *_: current.__setitem__(0, self.before))
+
+    class Second:
+        is_cuda, device, dtype, shape, requires_grad = True, torch.device("cuda", 1), torch.bfloat16, (1, 8, 2, 16), False
+
+    def function(q, k, v):
+        seen.append(current[0])
+        return raising(torch.AcceleratorError("CUDA error: out of memory"))() if len(seen) > 1 else q
+
+    install(monkeypatch, "flash4", function)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    backend = resolve("flash4")
+    monkeypatch.setattr(backend, "problem", lambda *_: None)
+    assert isinstance(backend(Second(), Second(), Second(), mask=None, scale=1.0), Second)
+    with pytest.raises(torch.AcceleratorError):
+        backend(Second(), Second(), Second(), mask=None, scale=1.0)
+    assert seen == ["cuda:1", "cuda:1"] and current == ["cuda:0"]
+
+
 def test_transformer_engine_of_another_interface(monkeypatch):
     install(monkeypatch, "te", sound)
     monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
@@ -188,6 +218,7 @@ def auto(monkeypatch):
     forget(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # that of `Long`
     own: list[Long] = []
     monkeypatch.setattr(attention_auto, "SDPA", lambda: lambda q, *_, mask, scale: own.append(q))
     made = Auto()

@@ -1,0 +1,171 @@
+"""The host's side of work on a card, with stand-ins for it: the order of streams, captures that end
+early, points in time of another card than the current one, settings that threads share.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rcm.core.device_copy import out_of_memory
+from rcm.core.process_wide import ProcessWide
+from rcm.encoders.wan_vae_stream import EXACT, DecodeStream
+from rcm.inference.causal_report import Stopwatch
+from rcm.kernels import precompile
+from rcm.kernels.cuda_graph import CudaGraph
+from rcm.pipelines.decode_lane import DecodeLane
+
+SECOND = torch.device("cuda", 1)
+
+
+class Lane:
+    """A stream that notes what it waits for."""
+
+    priority = 0
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told = name, told
+
+    def wait_stream(self, other: Lane) -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+
+class Decoder:
+    def __init__(self, told: list[str]) -> None:
+        self.restart, self.state_copy = (lambda: told.append("restart")), (lambda: told.append("copy"))
+        self.load_state = lambda _: told.append("load")
+
+
+@pytest.mark.parametrize(("method", "arguments", "word"), [("restart", (), "restart"), ("state", (), "copy"), ("load_state", (0,), "load")])
+def test_memory_of_a_decoder_is_touched_between_its_decodes(monkeypatch, method, arguments, word):
+    """A step that failed may have left one under way on a stream of its own."""
+    told: list[str] = []
+    codec = SimpleNamespace(stream=lambda: Decoder(told))
+    lane = DecodeLane(codec, device=torch.device("cpu"), own_stream=False, graphs="off", to_host=False)
+    lane._stream = Lane("lane", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Lane("caller", told))
+    getattr(lane, method)(*arguments)
+    assert told == ["caller waits for lane", word, "lane waits for caller"]
+
+
+def test_what_ends_a_captured_step_is_told(monkeypatch):
+    """Not what the capture says of a step that broke off, branches unjoined."""
+    ended, broken = [], [True, False, False, True]
+
+    class Graph:
+        def capture_begin(self, *_, **__):
+            pass
+
+        def capture_end(self):
+            ended.append("end")
+            if broken[len(ended) - 1]:
+                raise torch.AcceleratorError("CUDA error: operation failed due to unjoined work")
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("full")
+
+    fakes = {"CUDAGraph": Graph, "Stream": lambda *_, **__: Lane("side", []), "current_stream": lambda _: Lane("now", [])}
+    for name, fake in {**fakes, "device": lambda _: nullcontext(), "stream": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            CudaGraph(full, SECOND)
+    CudaGraph(lambda: None, SECOND)
+    with pytest.raises(torch.AcceleratorError):
+        CudaGraph(lambda: None, SECOND)
+    assert ended == ["end"] * 4
+
+
+def test_points_in_time_are_those_of_the_device(monkeypatch):
+    on: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=on.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    Stopwatch(SECOND).now()
+    assert on == ["stream of cuda:1"]
+
+
+def test_a_step_is_captured_once_it_has_run(monkeypatch):
+    """What a step compiles, none of it may be left to a capture."""
+    frames, calls = torch.zeros(1, 1, 2, 2, 16), []
+
+    def step(given, state):
+        calls.append("run")
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("full")
+        return given
+
+    vae = SimpleNamespace(device=torch.device("cpu"), generation=0, decode_step=step)
+    stream = DecodeStream(vae, SimpleNamespace(to=lambda _: None))
+    stream._graphs = "on"
+    captured = SimpleNamespace(replay=lambda given: given)
+    monkeypatch.setattr("rcm.encoders.wan_vae_stream._CapturedStep", lambda *_: calls.append("captured") or captured)
+    with pytest.raises(torch.OutOfMemoryError):
+        stream._step(frames, SimpleNamespace(started=True))
+    for _ in range(3):
+        stream._step(frames, SimpleNamespace(started=True))
+    assert calls == ["run", "run", "captured"]
+
+
+RAN_OUT = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+def test_memory_that_ran_out_is_known_by_whoever_says_so():
+    assert all(map(out_of_memory, RAN_OUT))
+    others = (RuntimeError("out of resource: shared memory, Required: 300000"), ValueError("out of memory"), KeyboardInterrupt())
+    assert not any(map(out_of_memory, others))
+
+
+def test_settings_of_the_process_go_back_with_the_last_thread_that_needs_them():
+    value = ["own"]
+
+    @contextmanager
+    def change():
+        before, value[0] = value[0], "changed"
+        yield
+        value[0] = before
+
+    scope = ProcessWide(change)
+    scope.__enter__()
+    scope.__enter__()
+    scope.__exit__(None, None, None)
+    assert value == ["changed"]
+    scope.__exit__(None, None, None)
+    with scope:
+        assert value == ["changed"]
+    assert value == ["own"]
+
+
+def test_two_plans_at_once_leave_the_turns_of_threads_as_they_were():
+    before = sys.getswitchinterval()
+    with precompile.QUICK_TURNS:
+        with precompile.QUICK_TURNS:
+            pass
+        assert sys.getswitchinterval() < before
+    assert sys.getswitchinterval() == pytest.approx(before)
+
+
+@pytest.mark.parametrize("general", ["none", "tf32", "ieee"])
+def test_convolutions_of_a_codec_are_exact_whatever_the_process_chose(general):
+    cudnn = torch.backends.cudnn
+    kept = torch.backends.fp32_precision, cudnn.conv.fp32_precision
+    try:
+        torch.backends.fp32_precision = general
+        before = cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic
+        cudnn.deterministic = True
+        with EXACT:
+            assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
+        cudnn.deterministic = before[2]
+        assert (cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic) == before
+    finally:
+        torch.backends.fp32_precision, cudnn.conv.fp32_precision = kept
