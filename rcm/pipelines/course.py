@@ -7,19 +7,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rcm.core.errors import first_line
+from rcm.core.errors import NonFinite, first_line
 from rcm.pipelines.stream_ranks import Meeting
 from rcm.pipelines.stream_spec import StreamCancelled, SwitchRefused
 
 
 class Course:
-    """Of one session. `cancelled`: by its user, from any thread. `failed`: by what it was left
-    between two states, until another video is begun or a snapshot taken up.
+    """Of one session. `cancelled`: by its user, from any thread. `failed`: the first line of what
+    left it between two states, and whether that was a `NonFinite`, until another video is begun or
+    a snapshot taken up. Not the error: its traceback holds every tensor of the pass that it ended.
     """
 
     def __init__(self, ranks: Meeting) -> None:
         self.ranks, self.cancelled = ranks, False
-        self.failed: BaseException | None = None
+        self.failed: tuple[str, bool] | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """`error` left it between two states."""
+        self.failed = first_line(error), isinstance(error, NonFinite)
 
     @contextmanager
     def marking(self, *, in_pass: bool = True) -> Iterator[None]:
@@ -32,7 +37,7 @@ class Course:
             raise
         except BaseException as error:
             self.ranks.adrift |= in_pass
-            self.failed = error
+            self.fail(error)
             raise
 
     def require_open(self) -> None:
@@ -47,14 +52,13 @@ class Course:
         self.require_open()
         if self.failed is not None:
             raise StreamCancelled(
-                f"this stream failed ({first_line(self.failed)}); restart() it, or restore() a"
-                " snapshot"
+                f"this stream failed ({self.failed[0]}); restart() it, or restore() a snapshot"
             )
 
     def leave(self, *, last: bool) -> None:
         """Tell the ranks that make another chunk with this one that it will not."""
         if not last:
-            self.ranks.leave(self.failed)
+            self.ranks.leave(not_finite=self.failed is not None and self.failed[1])
 
     def meet(self, problem: Exception | None, *, place: int, asked: bool) -> None:
         """See `Meeting.meet`; a cancelled stream ends there."""

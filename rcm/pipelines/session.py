@@ -392,6 +392,6 @@ class Session:
         """End a stream that is known to have made what is not finite; `wait`: until it is known."""
         problem = self._guard.problem(self._loop, self._steering.cond, wait=wait)
         if problem is not None:
-            self._course.failed = problem
+            self._course.fail(problem)
             self._course.leave(last=self._last)
             raise problem

@@ -82,14 +82,14 @@ class Meeting:
                 " set_condition on all of them"
             )
 
-    def leave(self, problem: BaseException | None = None) -> None:
+    def leave(self, *, not_finite: bool = False) -> None:
         """This rank makes no further chunk: the others hear of it, and whether it is for a
         `NonFinite`, where they would begin the next.
         """
         if self._group is not None and not self.stopped and not self.adrift:
             self.stopped = True
             with suppress(PeerGone):
-                self._told(max(_STOPPED, _kind(problem)), 0, False)
+                self._told(_NOT_FINITE if not_finite else _STOPPED, 0, False)
 
     def _told(self, kind: int, place: int, asked: bool) -> list[int]:
         assert self._group is not None

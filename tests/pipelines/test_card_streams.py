@@ -4,7 +4,9 @@ early, points in time of another card than the current one, settings that thread
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -12,12 +14,18 @@ import pytest
 import torch
 
 from rcm.core.device_copy import out_of_memory
+from rcm.core.dtypes import Precision
 from rcm.core.process_wide import ProcessWide
 from rcm.encoders.wan_vae_stream import EXACT, DecodeStream
 from rcm.inference.causal_report import Stopwatch
 from rcm.kernels import precompile
 from rcm.kernels.cuda_graph import CudaGraph
+from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.decode_lane import DecodeLane
+from rcm.pipelines.stream_spec import StreamCancelled
+from rcm.rollout.eviction.sliding_window import SlidingWindow
+from tests.pipelines.test_session import opened, spec
+from tests.support.tiny_nets import tiny_net
 
 SECOND = torch.device("cuda", 1)
 
@@ -108,6 +116,27 @@ def test_a_step_is_captured_once_it_has_run(monkeypatch):
     for _ in range(3):
         stream._step(frames, SimpleNamespace(started=True))
     assert calls == ["run", "run", "captured"]
+
+
+def test_a_pass_that_failed_keeps_no_memory(monkeypatch):
+    """Its traceback would: of a pass that ran out of memory, all that there was, for as long as the
+    session is held.
+    """
+    session = opened(Denoiser(tiny_net(), Precision.preset("fp64")).eval_params(), spec(policy=SlidingWindow(3)))
+    made: list[weakref.ref] = []
+
+    def full(*_, **__):
+        activations = torch.zeros(3)
+        made.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(session.loop.denoiser.net.blocks[-1], "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        session.step()
+    gc.collect()
+    assert made[0]() is None
+    with pytest.raises(StreamCancelled, match="OutOfMemoryError: full"):
+        session.step()
 
 
 RAN_OUT = [

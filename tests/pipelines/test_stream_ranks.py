@@ -65,7 +65,7 @@ def closes(alone: bool, session: Session) -> list[str]:
 
 def fails(alone: bool, session: Session) -> list[str]:
     if alone:
-        session._course.failed = RuntimeError("no more memory")
+        session._course.fail(RuntimeError("no more memory"))
     return steps(session)
 
 
