@@ -108,7 +108,6 @@ class DecodeStream:
         """What is remembered; None before the first chunk."""
         return self._state
 
-    @torch.no_grad()
     def decode_chunk(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, f, H, W] of the next whitened latent frames [B, C, t, h, w], in the dtype
         of `latents` on the codec's device.
@@ -124,11 +123,11 @@ class DecodeStream:
             )
         require_latents(latents, channels=self._vae.config.latent_channels)
         batch, _, count, *cells = latents.shape
-        state = self._fitting(batch, (cells[0], cells[1]))
-        frames = TEMPORAL_STRIDE * count - (0 if state.started else TEMPORAL_STRIDE - 1)
-        size = (batch, 3, frames, SPATIAL_STRIDE * cells[0], SPATIAL_STRIDE * cells[1])
-        self._half_done = True
         with network_scope(self._vae):
+            state = self._fitting(batch, (cells[0], cells[1]))
+            frames = TEMPORAL_STRIDE * count - (0 if state.started else TEMPORAL_STRIDE - 1)
+            size = (batch, 3, frames, SPATIAL_STRIDE * cells[0], SPATIAL_STRIDE * cells[1])
+            self._half_done = True
             pixels = self._through(latents, size, state)
         self._half_done = False
         return pixels
@@ -168,7 +167,8 @@ class DecodeStream:
             self.restart()
             return
         batch, cells, frames = state
-        self._fitting(batch, cells).load(frames)
+        with network_scope(self._vae):
+            self._fitting(batch, cells).load(frames)
         self._half_done = False
 
     def num_bytes(self) -> int:
@@ -301,7 +301,6 @@ def blend_tiles(tiles: Iterable[tuple[Tile, DecodeStream]], latents: Tensor) -> 
     return total.to(latents.dtype)
 
 
-@torch.no_grad()
 def encode_frames(
     vae: WanVAE, statistics: LatentStatistics, video: Tensor, *, frames_per_step: int
 ) -> Tensor:
@@ -310,9 +309,9 @@ def encode_frames(
     """
     batch, _, count, height, width = video.shape
     cells = (height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
-    state, statistics = vae.encoder_state(batch=batch, cells=cells), statistics.to(vae.device)
-    pieces = []
+    statistics, pieces = statistics.to(vae.device), []
     with network_scope(vae):
+        state = vae.encoder_state(batch=batch, cells=cells)
         for part in steps_of(count, first_alone=True, most=frames_per_step):
             frames = video[:, :, part].to(vae.device, vae.dtype).permute(0, 2, 3, 4, 1)
             means = vae.encode_step(frames, state)
@@ -357,8 +356,13 @@ EXACT = ProcessWide(_exact_convolutions)
 
 @contextlib.contextmanager
 def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
-    """The codec's dtype is its precision: no autocast, and no TF32 in float32 convolutions."""
+    """The codec's dtype is its precision: no autocast, and no TF32 in float32 convolutions. No
+    gradients, and no inference mode of a caller: what it allocates, calls out of that could not
+    write to.
+    """
     with (
+        torch.inference_mode(False),
+        torch.no_grad(),
         torch.autocast(vae.device.type, enabled=False),
         EXACT if vae.device.type == "cuda" else contextlib.nullcontext(),
     ):

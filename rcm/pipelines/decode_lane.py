@@ -18,7 +18,7 @@ from rcm.pipelines.stream_spec import StreamSpec
 
 class DecodeLane:
     """The decoder of a stream; on CUDA optionally on a stream of its own, so that it runs beside
-    the denoiser, and on another card than the denoiser's, if that is where the codec is.
+    the denoiser. On another device than the denoiser's, if that is where the codec is.
 
     `to_host`: pixels also go to pinned host memory as uint8.
     """
@@ -39,10 +39,12 @@ class DecodeLane:
         to_host: bool,
     ) -> None:
         self.codec, self._to_host = codec, to_host
-        self._cuda = device.type == "cuda"
-        self._device = torch.device(getattr(codec, "device", device)) if self._cuda else device
+        self._device = torch.device(getattr(codec, "device", device))
+        self._cuda = self._device.type == "cuda"
         self._stream = (
-            torch.cuda.Stream(self._device, priority=self.PRIORITY) if own_stream else None
+            torch.cuda.Stream(self._device, priority=self.PRIORITY)
+            if own_stream and self._cuda
+            else None
         )
         self._captures = graphs == "on" and getattr(codec, "captures", False)
         self._decoder: LatentStream | None = self._opened()
@@ -70,14 +72,18 @@ class DecodeLane:
         stage of the decoder.
         """
         if not self._cuda:
-            frames = self._running.decode_chunk(latents)
+            here = latents.to(self._device)
+            frames = self._running.decode_chunk(here)
             images = _images(frames) if self._to_host and frames is not None else None
-            return Decoding(frames, images, None, Reading(latents, frames))
-        ready = torch.cuda.current_stream(latents.device).record_event()
+            return Decoding(frames, images, None, Reading(here, frames))
+        ready = (
+            torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
+        )
         now = torch.cuda.current_stream(self._device)
         lane = self._stream or now
         with torch.cuda.device(self._device), torch.cuda.stream(lane):
-            lane.wait_event(ready)
+            if ready is not None:
+                lane.wait_event(ready)
             here = latents.to(self._device, non_blocking=True)
             frames = self._running.decode_chunk(here)
             reading, images = Reading(here, frames), None
@@ -87,7 +93,8 @@ class DecodeLane:
                 images.copy_(pixels, non_blocking=True)
             done = lane.record_event()
         if lane is not now:
-            latents.record_stream(lane)
+            if ready is not None:
+                latents.record_stream(lane)
             if frames is not None:
                 frames.record_stream(now)
         return Decoding(frames, images, done, reading)
@@ -169,7 +176,7 @@ def new_lane(
     return DecodeLane(
         codec,
         device=device,
-        own_stream=spec.look_ahead and device.type == "cuda",
+        own_stream=spec.look_ahead,
         graphs=spec.graphs,
         to_host=spec.to_host,
     )

@@ -79,6 +79,16 @@ def test_streamed_equals_one_shot(codec, split, frames_per_step):
     assert (torch.cat(chunks, dim=2) - codec.decode(latents, frames_per_step=2)).abs().max() <= 1e-6
 
 
+def test_a_stream_may_be_stepped_in_and_out_of_inference_mode(codec):
+    latents, stream = small_latents(3), codec.stream()
+    with torch.inference_mode():
+        pieces, state = [stream.decode_chunk(latents[:, :, :2])], stream.state_copy()
+    pieces.append(stream.decode_chunk(latents[:, :, 2:]))
+    stream.load_state(state)
+    assert torch.equal(stream.decode_chunk(latents[:, :, 2:]), pieces[1])
+    torch.testing.assert_close(torch.cat(pieces, dim=2), codec.decode(latents), rtol=0, atol=1e-12)
+
+
 def test_streams_do_not_disturb_one_another(codec):
     a, b = small_latents(4, seed=5), small_latents(4, seed=6)
     streams = [codec.stream(), codec.stream()]

@@ -60,6 +60,18 @@ def test_memory_of_a_decoder_is_touched_between_its_decodes(monkeypatch, method,
     assert told == ["caller waits for lane", word, "lane waits for caller"]
 
 
+def test_a_decoder_in_host_memory_serves_a_stream_on_a_card():
+    class Codec:
+        device = torch.device("cpu")
+
+        def stream(self):
+            return SimpleNamespace(decode_chunk=lambda x: x[:, :3])
+
+    lane = DecodeLane(Codec(), device=SECOND, own_stream=True, graphs="on", to_host=True)
+    frames, images = lane.decode(torch.zeros(1, 4, 1, 2, 2)).result()
+    assert frames.shape == (1, 3, 1, 2, 2) and images.dtype == torch.uint8
+
+
 def test_what_ends_a_captured_step_is_told(monkeypatch):
     """Not what the capture says of a step that broke off, branches unjoined."""
     ended, broken = [], [True, False, False, True]
