@@ -184,8 +184,8 @@ def run(flags: argparse.Namespace) -> None:
         return
     check_device(flags.device)
     device = torch.device(flags.device)
-    if device.type == "cuda" and device.index is None:
-        device = this_launch().device("cuda")
+    if device.type == "cuda":
+        device = this_launch().device(flags.device)
         torch.cuda.set_device(device)
     with group_of_video(share, device=device):
         sampler = open_sampler(flags, device=device)

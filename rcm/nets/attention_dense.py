@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcm.core.errors import ConfigError
+from rcm.core.process_wide import ProcessWide
 from rcm.kernels.masks import MaskSpec
 
 DENSE_MASK_LIMIT = 1 << 20
@@ -126,6 +128,14 @@ class SDPA:
         return _sdpa(q, k, v, scale=scale, matrix=self._matrices.matrix(mask, q.device))
 
 
+def _cudnn_alone() -> AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+
+
+CUDNN_ALONE = ProcessWide(_cudnn_alone)
+"""Torch's choice of kernels is one for all threads."""
+
+
 class Cudnn:
     """cuDNN's fused attention through torch: one dense call per run of queries with equal keys.
     CUDA, 16 bit; raises `ConfigError` elsewhere.
@@ -142,7 +152,7 @@ class Cudnn:
                 f" {q.dtype} on {q.device}; choose attention_backend / RCM_ATTENTION_BACKEND from"
                 " auto, sdpa, reference"
             )
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with _cudnn_alone() if torch.compiler.is_compiling() else CUDNN_ALONE:
             return by_segment(lambda q, k, v: _sdpa(q, k, v, scale=scale), q, k, v, mask=mask)
 
 

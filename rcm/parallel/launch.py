@@ -27,10 +27,17 @@ class Launch:
 
     def device(self, kind: str) -> torch.device:
         """This rank's own device of a kind, with its number on a GPU; `ConfigError` for a GPU that
-        the machine does not have.
+        the machine does not have, and for one by number that is another rank's.
         """
         if kind != "cuda":
-            return torch.device(kind)
+            device = torch.device(kind)
+            alone = self.world_size == 1 or not self.launched
+            if device.type == "cuda" and not alone and device.index != self.local_rank:
+                raise ConfigError(
+                    f"{kind} is not the GPU of LOCAL_RANK={self.local_rank}: every rank of a launch"
+                    " takes its own; write --device cuda"
+                )
+            return device
         cards = torch.cuda.device_count()
         if torch.cuda.is_available() and self.local_rank >= cards:
             raise ConfigError(

@@ -74,6 +74,9 @@ def test_every_rank_has_a_gpu_of_its_own(environ, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert this_launch().device("cuda") == torch.device("cuda", 2)
+    assert this_launch().device("cuda:2") == Launch().device("cuda:2") == torch.device("cuda", 2)
+    with pytest.raises(ConfigError, match="cuda:0 is not the GPU of LOCAL_RANK=2.*--device cuda$"):
+        this_launch().device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     told = r"LOCAL_RANK=2 has no GPU of its own: this machine has 2; start at most 2 ranks on it \(--nproc_per_node\)"
     with pytest.raises(ConfigError, match=told), process_group("cuda"):

@@ -20,6 +20,7 @@ from rcm.encoders.wan_vae_stream import EXACT, DecodeStream
 from rcm.inference.causal_report import Stopwatch
 from rcm.kernels import precompile
 from rcm.kernels.cuda_graph import CudaGraph
+from rcm.nets.attention_dense import CUDNN_ALONE
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.decode_lane import DecodeLane
 from rcm.pipelines.stream_spec import StreamCancelled
@@ -194,6 +195,14 @@ def test_two_plans_at_once_leave_the_turns_of_threads_as_they_were():
             pass
         assert sys.getswitchinterval() < before
     assert sys.getswitchinterval() == pytest.approx(before)
+
+
+def test_two_calls_of_cudnn_at_once_leave_torch_its_other_kernels():
+    with CUDNN_ALONE:
+        with CUDNN_ALONE:
+            assert not torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
 
 
 @pytest.mark.parametrize("general", ["none", "tf32", "ieee"])
