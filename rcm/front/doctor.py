@@ -28,7 +28,7 @@ from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError, first_line
 from rcm.front.ahead import compiled, frame_size
 from rcm.inference.outcome import command, writable_file
-from rcm.nets.attention import BACKENDS
+from rcm.nets.attention import BACKENDS, resolve
 from rcm.nets.attention_packages import NotInstalled, Package
 from rcm.parallel.agree import spread
 from rcm.parallel.launch import launch_number
@@ -48,6 +48,9 @@ EXTRAS = {
     "uvicorn": "serve",
 }
 """Packages of optional extras: absent is not a fault."""
+VARIABLES: tuple[str, ...] = ("NCCL_", "GLOO_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_")
+VARIABLES += ("NVIDIA_TF32", "TRITON_", "OMP_", "RCM_", "IMAGINAIRE_")
+"""How names of the variables begin that are told; secrets among them without their values."""
 PAYLOAD = 64 << 20
 """Bytes per rank of the collectives that are timed: about a block of the 14B network, sharded over
 8.
@@ -119,11 +122,10 @@ def machine() -> Iterator[Finding]:
         "a training checkpoint has 16 bytes per trained parameter: 21 GB at 1.3B, 229 GB at 14B"
     )
     yield _judged("disk", f"{free / GIB:.0f} GiB free here", bad=free < 25 * GIB, advice=advice)
-    wanted = ("NCCL_", "TORCH", "CUDA_VISIBLE", "RCM_", "PYTORCH_", "OMP_")
     told = sorted(
-        f"{k}={v}"
+        f"{k}={'(set)' if k.endswith(('TOKEN', 'KEY')) else v}"
         for k, v in os.environ.items()
-        if k.startswith(wanted) and not k.startswith("TORCHELASTIC")
+        if k.startswith(VARIABLES) and not k.startswith("TORCHELASTIC")
     )
     yield _ok("environment", ", ".join(told) or "nothing that changes torch, NCCL or rcm")
 
@@ -168,14 +170,19 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     usable, missing = [], []
     for name, build in BACKENDS.items():
         try:
-            backend = build()
+            backend = resolve(name) if name == "auto" else build()
             if isinstance(backend, Package) and device.type == "cuda":
                 _try_first_call(backend, device)
             usable.append(name)
-        except NotInstalled as error:
-            missing.append(f"{name} ({first_line(error).split(': ')[-1].split(';')[0]})")
         except ConfigError as error:
-            yield Finding("warning", name, str(error), "auto goes on without it")
+            if name == "auto":  # the environment's choice: nothing starts without naming another
+                yield Finding(
+                    "fault", name, str(error), "unset it, or name a back end that is here"
+                )
+            elif isinstance(error, NotInstalled):
+                missing.append(f"{name} ({first_line(error).split(': ')[-1].split(';')[0]})")
+            else:
+                yield Finding("warning", name, str(error), "auto goes on without it")
     yield _ok("attention", f"{', '.join(usable)}; not here: {', '.join(missing) or 'none'}")
 
 

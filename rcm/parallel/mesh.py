@@ -200,10 +200,18 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         yield device
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    if launch.launched:
-        _meet(backend, launch, None if device.type == "cpu" else device)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if launch.launched:
+            _meet(backend, launch, None if device.type == "cpu" else device)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    except RuntimeError as error:
+        if (name := os.environ.get("GLOO_SOCKET_IFNAME")) and "find address for" in str(error):
+            raise ConfigError(
+                f"environment variable GLOO_SOCKET_IFNAME={name} names no network interface of this"
+                " machine that has an address; name one, or unset it"
+            ) from error
+        raise
     try:
         yield device
     finally:

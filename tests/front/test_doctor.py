@@ -75,6 +75,35 @@ def test_a_package_that_cannot_be_called_is_a_warning(monkeypatch: pytest.Monkey
     assert usable.found == "reference; not here: none"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("RCM_ATTENTION_BACKEND", "fals3", "unknown attention backend 'fals3' from environment variable"),
+        ("RCM_ATTENTION_BACKEND", "flash3", "flash3"),
+        ("RCM_ATTENTION_WITHOUT", "fals3", "RCM_ATTENTION_WITHOUT names fals3, which auto never chooses"),
+    ],
+)
+def test_an_environment_that_nothing_starts_in_is_a_fault(name: str, value: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    told = [f for f in doctor.kernels(torch.device("cpu")) if f.state != "ok"]
+    assert [(f.state, f.name) for f in told] == [("fault", "auto")] and found in told[0].found
+
+
+def test_variables_are_told_and_secrets_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RCM_TOKEN", "TRITON_INTERPRET", "NVIDIA_TF32_OVERRIDE", "IMAGINAIRE_OUTPUT_ROOT"):
+        monkeypatch.setenv(name, "s3cret" if name == "RCM_TOKEN" else "x")
+    [told] = [f.found for f in doctor.machine() if f.name == "environment"]
+    assert "s3cret" not in told and "RCM_TOKEN=(set)" in told
+    assert all(f"{name}=x" in told for name in ("TRITON_INTERPRET", "NVIDIA_TF32_OVERRIDE", "IMAGINAIRE_OUTPUT_ROOT"))
+
+
+def test_an_interface_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope")
+    assert doctor.main(["--quick"]) == 2
+    said = capsys.readouterr().err
+    assert "GLOO_SOCKET_IFNAME=nope names no network interface" in said and "Traceback" not in said
+
+
 def _two_ranks() -> None:
     rank = dist.get_rank()
     facts = doctor._facts(torch.device("cpu"))
