@@ -102,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = (Size("fp32", 6, 4, 8), Size("bf16", 6, 4, 8)) if options.small else SIZES
     rows: list[dict[str, Any]] = []
     with process_group(options.device):
-        world, layouts = dist.get_world_size(), combinations(dist.get_world_size())
+        world = dist.get_world_size()
+        layouts = combinations(world, heads=shape["num_heads"])
         written = OutputFile.claim(options.truth, knob="--truth") if world == 1 else None
         truth = {} if written else read_truth(options.truth)
         for size in sizes:
@@ -155,10 +156,16 @@ def require_alike(found: dict[str, Tensor], truth: dict[str, Tensor], path: Path
         )
 
 
-def combinations(world: int) -> dict[str, tuple[int, int, int]]:
+def combinations(world: int, *, heads: int) -> dict[str, tuple[int, int, int]]:
     """Name -> copies of the parameters, data ranks that share one, ranks that share a sample.
-    `ConfigError` where some data ranks would take one of `SAMPLES` more often than the other.
+    `ConfigError` where some data ranks would take one of `SAMPLES` more often than the other, and
+    for heads that the ranks of a sample cannot share.
     """
+    if heads % world:
+        raise ConfigError(
+            f"--dim {heads * HEAD} has {heads} head(s), which {world} ranks cannot share evenly"
+            f" under Ulysses; choose a multiple of {world * HEAD}"
+        )
     if world > 2 and world % 4:
         raise ConfigError(
             f"{world} ranks cannot share {SAMPLES} samples evenly in every layout; start 1, 2, or a"

@@ -36,11 +36,13 @@ def test_every_layout_of_four_ranks_equals_one_rank(tmp_path: Path) -> None:
 
 def test_layouts_by_number_of_ranks() -> None:
     for ranks in (1, 2, 4, 8):
-        found = bench_multi_gpu.combinations(ranks)
+        found = bench_multi_gpu.combinations(ranks, heads=8)
         assert all(copies * shard * context == ranks for copies, shard, context in found.values())
         assert len(found) == {1: 1, 2: 2}.get(ranks, 4)
     with pytest.raises(ConfigError, match="6 ranks cannot share 2 samples evenly"):
-        bench_multi_gpu.combinations(6)
+        bench_multi_gpu.combinations(6, heads=12)
+    with pytest.raises(ConfigError, match="--dim 1536 has 12 head.* 8 ranks .* a multiple of 1024"):
+        bench_multi_gpu.combinations(8, heads=12)  # before any layout is run
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
