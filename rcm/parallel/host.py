@@ -196,7 +196,7 @@ class Waiting:
     net: nn.Module
     before: Callable[[Waiting, tuple[Any, ...]], None]
     _shelves: list[Shelf] = field(default_factory=list)
-    _events: dict[int, torch.cuda.Event | None] = field(default_factory=dict)
+    _events: dict[int, torch.cuda.Event] = field(default_factory=dict)
     _stream: torch.cuda.Stream | None = None
     _changed: bool = True  # perhaps, since it left last
 
@@ -243,9 +243,10 @@ class Waiting:
         self._wait_for(self._events)
 
     def _fetch(self) -> None:
-        if self.away:
-            found = (shelf.arrive(stream=self._stream) for shelf in self._shelves)
-            self._events = dict(enumerate(found))
+        for number, shelf in enumerate(self._shelves):
+            event = shelf.arrive(stream=self._stream)
+            if event is not None:  # kept also where there is no memory for the next one
+                self._events[number] = event
 
     def _begin(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.before(self, inputs)

@@ -22,6 +22,7 @@ from rcm.kernels import precompile
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.attention_dense import CUDNN_ALONE
 from rcm.nets.denoiser import Denoiser
+from rcm.parallel.host import Waiting
 from rcm.pipelines.decode_lane import DecodeLane
 from rcm.pipelines.stream_spec import StreamCancelled
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -129,6 +130,34 @@ def test_a_step_is_captured_once_it_has_run(monkeypatch):
     for _ in range(3):
         stream._step(frames, SimpleNamespace(started=True))
     assert calls == ["run", "run", "captured"]
+
+
+def test_weights_that_came_before_memory_ran_out_are_waited_for(monkeypatch):
+    waited, room = [], [False]
+
+    class Shelf:
+        def __init__(self, name: str, *, small: bool) -> None:
+            self.name, self.small, self.away = name, small, True
+
+        def arrive(self, *, stream):
+            if not self.away:
+                return None
+            if not (self.small or room[0]):
+                raise torch.OutOfMemoryError("full")
+            self.away = False
+            return self.name
+
+    net = torch.nn.Module()
+    net.blocks = torch.nn.ModuleList()
+    waiting = Waiting(net, lambda *_: None)
+    waiting._shelves = [Shelf("first", small=True), Shelf("second", small=False)]
+    waiting._stream = SimpleNamespace(device=SECOND)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(wait_event=waited.append))
+    with pytest.raises(torch.OutOfMemoryError):
+        waiting.arrive()
+    room[0] = True
+    waiting.arrive()
+    assert waited == ["first", "second"] and not waiting.away
 
 
 def test_a_pass_that_failed_keeps_no_memory(monkeypatch):
