@@ -13,7 +13,7 @@ from rcm.core.dual import in_dual_level
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import MaskSpec
 from rcm.nets.attention_dense import wants_gradient
-from rcm.nets.attention_packages import FLASH4_HINT, require_package, told_failure
+from rcm.nets.attention_packages import FLASH4_HINT, failed, require_package
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -66,7 +66,7 @@ class Flex:
         try:
             return _compiled()(*heads_first, block_mask=blocks, **options).transpose(1, 2)
         except Exception as error:
-            told = told_failure(self.name, "flash_attn.cute", q, k, error)
+            told = failed(self.name, "flash_attn.cute", q, k, error)
             if self.kernel != "flash" or told is error:
                 raise
             raise told from error

@@ -69,7 +69,7 @@ def _does_not_load(backend: str, module: str, error: BaseException) -> ConfigErr
     )
 
 
-def told_failure(backend: str, module: str, q: Tensor, k: Tensor, error: Exception) -> Exception:
+def failed(backend: str, module: str, q: Tensor, k: Tensor, error: Exception) -> Exception:
     """What to raise for what a package raised in a call that nothing spoke against: `error` itself
     where it is none of the package's, for memory ran out, or torch's recomputation leaves a forward
     pass as soon as it has what was saved.
@@ -114,7 +114,7 @@ class Package(ABC):
             with nullcontext() if torch.compiler.is_compiling() else device_of(q):
                 return self.attend(q, k, v, mask=mask, scale=scale)
         except Exception as error:
-            told = told_failure(self.name, self.module, q, k, error)
+            told = failed(self.name, self.module, q, k, error)
             if told is error:
                 raise
             raise told from error
