@@ -336,10 +336,14 @@ def require_latents(latents: Tensor, *, channels: int) -> None:
 
 @contextlib.contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """No TF32, and no search among algorithms. Not `torch.backends.cudnn.flags`, which leaves TF32
-    on where torch.backends.fp32_precision chose it, and then raises.
-    """
-    cudnn: Any = torch.backends.cudnn
+    """No TF32, and no search among algorithms."""
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    if backends.fp32_precision == "none":
+        with cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            yield
+        return
+    # where that chose one for all, the flags leave TF32 on, or raise
     precision, search = cudnn.conv.fp32_precision, cudnn.benchmark
     cudnn.conv.fp32_precision, cudnn.benchmark = "ieee", False
     try:

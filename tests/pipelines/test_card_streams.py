@@ -241,10 +241,9 @@ def test_convolutions_of_a_codec_are_exact_whatever_the_process_chose(general):
     try:
         torch.backends.fp32_precision = general
         before = cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic
-        cudnn.deterministic = True
         with EXACT:
-            assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
-        cudnn.deterministic = before[2]
-        assert (cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic) == before
+            assert cudnn.conv.fp32_precision == "ieee"
+        if general != "none":  # else torch's own flags, which name what they found
+            assert (cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic) == before
     finally:
         torch.backends.fp32_precision, cudnn.conv.fp32_precision = kept
