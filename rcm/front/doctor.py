@@ -48,8 +48,8 @@ EXTRAS = {
     "uvicorn": "serve",
 }
 """Packages of optional extras: absent is not a fault."""
-VARIABLES: tuple[str, ...] = ("NCCL_", "GLOO_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_")
-VARIABLES += ("NVIDIA_TF32", "TRITON_", "OMP_", "RCM_", "IMAGINAIRE_")
+_VARIABLES: tuple[str, ...] = ("NCCL_", "GLOO_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_")
+_VARIABLES += ("NVIDIA_TF32", "TRITON_", "OMP_", "RCM_", "IMAGINAIRE_")
 """How names of the variables begin that are told; secrets among them without their values."""
 PAYLOAD = 64 << 20
 """Bytes per rank of the collectives that are timed: about a block of the 14B network, sharded over
@@ -125,7 +125,7 @@ def machine() -> Iterator[Finding]:
     told = sorted(
         f"{k}={'(set)' if k.endswith(('TOKEN', 'KEY')) else v}"
         for k, v in os.environ.items()
-        if k.startswith(VARIABLES) and not k.startswith("TORCHELASTIC")
+        if k.startswith(_VARIABLES) and not k.startswith("TORCHELASTIC")
     )
     yield _ok("environment", ", ".join(told) or "nothing that changes torch, NCCL or rcm")
 
