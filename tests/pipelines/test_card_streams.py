@@ -242,7 +242,7 @@ def test_convolutions_of_a_codec_are_exact_whatever_the_process_chose(general):
         torch.backends.fp32_precision = general
         before = cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic
         with EXACT:
-            assert cudnn.conv.fp32_precision == "ieee"
+            assert cudnn.conv.fp32_precision == "ieee" or (general == "none" and not cudnn.allow_tf32)
         if general != "none":  # else torch's own flags, which name what they found
             assert (cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic) == before
     finally:
