@@ -206,13 +206,12 @@ class NetBuilder:
         logger.info("{}: weights from {}", knob, checkpoint)
         if weights is not None and (told := _other_pattern(weights, self.config)):
             logger.warning("{}: {} {}", knob, checkpoint, told)
-        start: Mapping[str, Tensor] | None = weights
+        start = on_first(lambda: weights and _in_times(weights, wan_config(net_config), key))
+        if start is not weights:
+            logger.info(
+                "{}: {} has one time; the second one begins without effect", knob, checkpoint
+            )
         if net_config.two_times:
-            start = on_first(lambda: weights and with_second_time(weights, wan_config(net_config)))
-            if start is not weights:
-                logger.info(
-                    "{}: {} has one time; the second one begins without effect", knob, checkpoint
-                )
             about += f", two times; only {SPAN}.* may be missing"
         return start, f"{checkpoint}{said} (for {about})"
 
@@ -240,6 +239,16 @@ class NetBuilder:
             factors = on_first(partial(initial_factors, view, seed=seed))
             load_full(view, factors, source="initial adapters")
             self.adapted[role] = told
+
+
+def _in_times(
+    weights: NetworkWeights | AdaptedWeights, sizes: WanConfig, key: str
+) -> Mapping[str, Tensor]:
+    """As `with_second_time`; `CheckpointError` with the file and the config key."""
+    try:
+        return with_second_time(weights, sizes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights.file.path} (for {key}): {error}") from error
 
 
 def _size(network: Mapping[str, object]) -> str:

@@ -68,6 +68,11 @@ class Task:
 
     def require(self, config: WanConfig, path: str) -> None:
         """`CheckpointError` for a network that was made for another task."""
+        if config.two_times:
+            raise CheckpointError(
+                f"{path} has two times, and this command would take its velocity at one for the"
+                " mean between both; sample it with rcm stream --ckpt"
+            )
         if config.in_dim != self.channels:
             raise CheckpointError(
                 f"{path} reads {config.in_dim} channels, this command gives {self.channels}: it was"

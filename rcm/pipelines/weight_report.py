@@ -331,10 +331,10 @@ def _uses(path: str, first: CopyReport, *, streamed: str | None) -> tuple[str, .
     size, as_start = first.preset, typed(f"model.config.student_ckpt={path}")
     path = typed(path)
     if streamed:
-        return (
-            f"stream it: {streamed}",
-            f"training from it: {as_start} (or a teacher's *_ckpt)",
-        )
+        further = f"{as_start} (or a teacher's *_ckpt)"
+        if "two times" in first.network:
+            further = f"{as_start} with training_type=tf_meanflow"
+        return f"stream it: {streamed}", f"training from it: {further}"
     module = "python -m rcm.inference."
     if size in ("1.3B", "14B"):
         return (

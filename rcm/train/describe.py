@@ -122,11 +122,17 @@ class Description:
             k for k in set(mine) | set(found) if (mine.get(k) or None) != (found.get(k) or None)
         )
         if different:
-            details = ", ".join(f"{k}: {found.get(k)} there, {mine.get(k)} here" for k in different)
+            zero = {k: type(found.get(k) or mine.get(k))() for k in different}
+            details = ", ".join(
+                f"{k}: {found.get(k) or zero[k]} there, {mine.get(k) or zero[k]} here"
+                for k in different
+            )
+            advice = "choose the matching net or another checkpoint"
+            if "two_times" in different:
+                advice = "only training_type=tf_meanflow has two times; choose another job.name"
             raise CheckpointError(
                 f"{source} holds network {other.network_name or 'of unknown name'!r}, this run has"
-                f" {self.network_name or 'of unknown name'!r} ({details}); choose the matching net"
-                " or another checkpoint"
+                f" {self.network_name or 'of unknown name'!r} ({details}); {advice}"
             )
 
     def require_same_adapters(self, other: Description, *, source: str) -> None:

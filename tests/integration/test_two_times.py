@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcm.core.errors import CheckpointError
+from rcm.inference.wan_models import Task
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.two_times import SPAN, initial_span
+from rcm.pipelines.wan_files import config_of, network_weights
+from rcm.pipelines.weight_files import open_weights
+from rcm.pipelines.weight_report import inspect_weights
 from tests.integration.entry import SIZES, launch, stored, weights, write_network
 from tests.integration.test_ranks import alike_in_every_layout, scm
 
@@ -22,7 +27,7 @@ def meanflow(job: Path, start: Path, *more: str, iterations: int = 3) -> list[st
     return scm(job, start, *more, iterations=iterations, stage="tf_meanflow")
 
 
-def test_it_trains_from_weights_of_one_time_and_says_how_it_is_streamed(tmp_path: Path) -> None:
+def test_it_trains_from_weights_of_one_time_and_says_how_it_is_used(tmp_path: Path, capfd) -> None:
     start, job = write_network(tmp_path / "start.safetensors", seed=3), tmp_path / "job"
     noisy = M + "context_from_last_step=True"
     assert launch(*meanflow(job, start, noisy, iterations=4)) == 0
@@ -36,6 +41,15 @@ def test_it_trains_from_weights_of_one_time_and_says_how_it_is_streamed(tmp_path
     again = tmp_path / "again"  # from weights that have the second time already
     words = [word for word in meanflow(again, start, iterations=1) if "student_ckpt" not in word]
     assert launch(*words, M + f"student_ckpt={job}") == 0
+    for role in ("student", "causal_teacher"):
+        assert launch(*scm(tmp_path / "one_time", start, M + f"{role}_ckpt={job}", iterations=1)) == 1
+        told = capfd.readouterr().err
+        assert "holds a network of two times" in told and f"(for {M}net{'_' * (role != 'student')}" in told
+    assert launch(*scm(again, start, iterations=2)) == 1
+    assert "two_times: True there, False here); only training_type=tf_meanflow has two times" in capfd.readouterr().err
+    with pytest.raises(CheckpointError, match=r"has two times, .*; sample it with rcm stream --ckpt"):
+        Task(channels=SIZES["in_dim"]).require(config_of(network_weights(open_weights(job))), str(job))
+    assert f"student_ckpt={job} with training_type=tf_meanflow" in str(inspect_weights(job))
 
 
 def test_a_checkpoint_that_lacks_more_is_refused_with_what_may_be_missing(tmp_path: Path, capfd) -> None:

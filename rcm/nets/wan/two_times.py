@@ -60,13 +60,19 @@ class StartedWeights(LazyWeights):
 
 def with_second_time(weights: Mapping[str, Tensor], config: WanConfig) -> Mapping[str, Tensor]:
     """`weights` for a network of `config`: those of one time begin the second one, if it has it.
-    Only its keys may be missing, and all of them: a part of them is `CheckpointError`, any other
-    key the business of who loads.
+    Only its keys may be missing, and all of them: a part of them is `CheckpointError`, and so are
+    those of two times for a network of one; any other key is the business of who loads.
     """
-    if not config.two_times:
-        return weights
     own = initial_span(config).keys()
     missing = [name for name in own if name not in weights]
+    if not config.two_times:
+        if len(missing) < len(own):
+            raise CheckpointError(
+                f"it holds a network of two times ({SPAN}.*), whose velocity is a mean between"
+                " both, and this network has one; two times are trained further by"
+                " training_type=tf_meanflow alone, and sampled by rcm stream"
+            )
+        return weights
     if missing and len(missing) < len(own):
         raise CheckpointError(
             f"it holds a part of the second time's embedding and lacks {', '.join(missing)}; a"
