@@ -21,6 +21,7 @@ from rcm.core.errors import CheckpointError
 from rcm.nets.attention import configured
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.lora import AdaptedNet, attach, initial_factors
+from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.two_times import SPAN, with_second_time
 from rcm.parallel.agree import on_first, shared
