@@ -122,7 +122,7 @@ class Description:
             k for k in set(mine) | set(found) if (mine.get(k) or None) != (found.get(k) or None)
         )
         if different:
-            zero = {k: type(found.get(k) or mine.get(k))() for k in different}
+            zero = {k: type(found.get(k) or mine[k])() for k in different}
             details = ", ".join(
                 f"{k}: {found.get(k) or zero[k]} there, {mine.get(k) or zero[k]} here"
                 for k in different
