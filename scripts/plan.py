@@ -29,7 +29,7 @@ from rcm.configs.plan_search import Found, Search, words_of
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
-from rcm.inference.outcome import command
+from rcm.inference.outcome import command, sparing
 from rcm.train.planner import PassPrediction, PhasePrediction, Prediction, predict
 from rcm.train.planner_card import CARDS, GIB, Card, card
 from rcm.train.planner_job import Job
@@ -318,7 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, own, overrides = arguments(argv)
     if flags.json is not None and not flags.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {flags.json}: there is no folder {flags.json.parent}")
-    target = None if flags.json is None else OutputFile.claim(flags.json, knob="--json")
+    target = None
+    if flags.json is not None:
+        target = sparing(OutputFile.claim(flags.json, knob="--json"), flags, knob="--json")
     record = plan(flags, own, overrides)
     if target is not None:
         target.write(json.dumps(record, indent=1) + "\n")

@@ -22,7 +22,7 @@ from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.umt5_weights import UMT5_FILE
 from rcm.inference.flag_table import add_flags, both_spellings
-from rcm.inference.outcome import check_device
+from rcm.inference.outcome import check_device, sparing
 from rcm.parallel.agree import naming_lost_peers, on_first
 from rcm.parallel.launch import launched_world, this_launch
 from rcm.parallel.mesh import ParallelDims, process_group
@@ -98,7 +98,8 @@ def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> li
     if options.teacher == "":
         raise ConfigError("--teacher names nothing; give a folder or a file, or leave it out")
     if options.write_negative_embedding is not None:
-        OutputFile.claim(options.write_negative_embedding, knob="--write_negative_embedding")
+        knob = "--write_negative_embedding"
+        sparing(OutputFile.claim(options.write_negative_embedding, knob=knob), options, knob=knob)
     if options.out is not None and options.prompts is None:
         raise ConfigError("--source teacher needs --prompts FILE")
     prompts = []

@@ -28,7 +28,7 @@ from rcm.data.tar_index import ShardIndex, index_shard
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.encoders.wan_vae_weights import WAN_VAE_FILE
-from rcm.inference.outcome import command
+from rcm.inference.outcome import command, sparing
 from rcm.pipelines.video_io import contact_sheet
 from rcm.worlds.toy_codec import NATURAL, ToyCodec
 from scripts.named_shards import named_shards, shard_flags
@@ -155,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--{given[0]} is for the picture and has no effect without one; add --sheet"
         )
     paths, count = named_shards(options.shards), 0
+    options.shards = paths
+    if sheet is not None:
+        sparing(sheet, options, knob="--sheet")
     for shard in map(index_shard, paths):
         count += len(shard.keys)
         for line in listed(shard, rows=options.rows):

@@ -19,6 +19,17 @@ from rcm.core.files import discard, writing
 _PROBE = bytes(4096)
 
 
+def is_file_of(target: Path, given: object) -> bool:
+    """Whether `target` is the file or folder that `given` names, by any of its names, or the
+    description beside it.
+    """
+    for name in (str(given), f"{given}.json"):
+        with contextlib.suppress(OSError, ValueError):  # one of them is not there, or no name
+            if os.path.realpath(target) == os.path.realpath(name) or os.path.samefile(target, name):
+                return True
+    return False
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """`path` is absolute, links followed; `given` as the user wrote it, for messages. Made by

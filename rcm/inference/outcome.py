@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from loguru import logger
 from rcm.core.device_copy import check_device as check_device
 from rcm.core.device_copy import out_of_memory as out_of_memory
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
-from rcm.core.output_file import OutputFile
+from rcm.core.output_file import OutputFile, is_file_of
 from rcm.core.standard_output import lost_output
 from rcm.core.stop_signal import status_of, terminable
 from rcm.data.tar_index import ShardError
@@ -106,13 +105,14 @@ _WRITTEN = ("save_path", "preview_grid", "report")
 
 
 def sparing(target: OutputFile, flags: argparse.Namespace, *, knob: str) -> OutputFile:
-    """`target` of the flag `knob`; `ConfigError` where it is a file that another flag names, or the
-    description beside one, which would be replaced.
+    """`target` of the flag `knob`; `ConfigError` where it is a file that another flag names, under
+    any name of it, or the description beside one, which would be replaced.
     """
     for name, given in vars(flags).items():
-        if name in _WRITTEN or not isinstance(given, str) or "\0" in given:
-            continue
-        if str(target.path) in (os.path.realpath(given), os.path.realpath(f"{given}.json")):
+        words = given if isinstance(given, list | tuple) else (given,)
+        paths = [word for word in words if isinstance(word, str | Path)]
+        read = name not in _WRITTEN and f"--{name}" != knob
+        if read and any(is_file_of(target.path, path) for path in paths):
             raise ConfigError(
                 f"{knob} {target.given} is a file that --{name} reads, which would be replaced;"
                 " choose another name"

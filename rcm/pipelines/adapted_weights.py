@@ -58,6 +58,7 @@ class MergedWeights(LazyWeights):
         self.base, self.lora, self.device = base, lora, device
         self.headers = base.headers
         self._file = open_weights(lora.path)
+        self.sources = base.sources + self._file.sources
         try:
             self.pairs: dict[str, LoRAPair] = lora_pairs(self._file.headers)
             check_targets(self.pairs, self._file.headers, base.headers)
@@ -160,7 +161,7 @@ class AdaptedWeights(LazyWeights):
         base_path: object,
     ) -> None:
         self.file, self.base, self.prefix, self.copy = file, base, prefix, copy
-        self.base_path = base_path
+        self.base_path, self.sources = base_path, file.sources + base.sources
         self.described, self.told = dict(described), base_of(described, copy)
         self.headers = base.headers
         own = {key: header for key, header in file.headers.items() if key.startswith(prefix)}

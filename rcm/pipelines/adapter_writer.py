@@ -40,8 +40,9 @@ def save_adapters(
     `layout` "wan" or "diffusers", a folder in "peft". The description goes along, so that the file
     is a checkpoint for whoever has the base.
 
-    Raises `ConfigError`, before anything is written, for a path that does not suit the layout, or
-    one that exists while `overwrite` is False. Whatever fails later leaves `path` as it was.
+    Raises `ConfigError`, before anything is written, for a path that does not suit the layout, one
+    that exists while `overwrite` is False, or one that `network` is read from. Whatever fails later
+    leaves `path` as it was.
     """
     target = Path(path)
     wanted = "" if layout == "peft" else ".safetensors"
@@ -51,7 +52,12 @@ def save_adapters(
             f"adapters in the layout {layout!r} are {what}, {target} is none; layouts are"
             f" {', '.join(LAYOUTS)}"
         )
-    check_free(target, overwrite=overwrite, ours=lambda name: name in (PEFT_FILE, PEFT_SETTINGS))
+    check_free(
+        target,
+        overwrite=overwrite,
+        ours=lambda name: name in (PEFT_FILE, PEFT_SETTINGS),
+        read=network.sources,
+    )
     if wanted:
         OutputFile.claim(target)
     said = network.described

@@ -73,7 +73,7 @@ class NetworkWeights(LazyWeights):
     """
 
     def __init__(self, file: WeightFile, *, prefix: str, copy: str) -> None:
-        self.file, self.prefix, self.copy = file, prefix, copy
+        self.file, self.prefix, self.copy, self.sources = file, prefix, copy, file.sources
         self.names = network_names(file.headers, prefix=prefix, others=file.others)
         self.headers = {name: own_form(name, file.headers[key]) for name, key in self.names.items()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm.core.errors import CheckpointError, ConfigError
-from rcm.core.output_file import OutputFile
+from rcm.core.output_file import OutputFile, is_file_of
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
 from rcm.nets.wan.published_config import published_settings
@@ -87,11 +87,17 @@ def save_network(
     with the config.json of the form, where it has one. The description goes beside a file as
     <name>.json (and into a safetensors' metadata), into a folder as rcm.json. Raises `ConfigError`,
     before anything is written, for another suffix, a form that the container cannot hold, or a path
-    that exists while `overwrite` is False, a folder with other files. Whatever fails later leaves
-    `path` as it was.
+    that exists while `overwrite` is False, a folder with other files, what `network` is read from.
+    Whatever fails later leaves `path` as it was.
     """
     target = Path(path)
-    _check_target(target, form=form, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    _check_target(target, form=form, max_shard_bytes=max_shard_bytes)
+    check_free(
+        target,
+        overwrite=overwrite,
+        ours=lambda name: name.startswith(FOLDER_STEM) or name.endswith(".distcp"),
+        read=network.sources,
+    )
     if target.suffix in (".safetensors", ".pt", ".pth"):
         OutputFile.claim(target)
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
@@ -212,9 +218,7 @@ def _whole(weights: LazyWeights) -> dict[str, Tensor]:
     }
 
 
-def _check_target(
-    target: Path, *, form: Format, max_shard_bytes: int | None, overwrite: bool
-) -> None:
+def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None) -> None:
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}; choose --to from {', '.join(FORMS)}")
     if target.suffix not in (".safetensors", ".pt", ".pth", ".dcp", ""):
@@ -231,17 +235,26 @@ def _check_target(
             f"--max_shard_size is a positive size for a folder of shards; {target} with"
             f" {max_shard_bytes} bytes is none"
         )
-    check_free(
-        target,
-        overwrite=overwrite,
-        ours=lambda name: name.startswith(FOLDER_STEM) or name.endswith(".distcp"),
-    )
 
 
-def check_free(target: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> None:
-    """Raise `ConfigError` for a target that exists while `overwrite` is False, and for a folder
-    with files that are not `ours` (nor what every folder of weights has).
+def check_free(
+    target: Path, *, overwrite: bool, ours: Callable[[str], bool], read: Iterable[Path]
+) -> None:
+    """Raise `ConfigError` for a target that is, holds or is part of what is `read`, that exists
+    while `overwrite` is False, and for a folder with files that are not `ours` (nor what every
+    folder of weights has).
     """
+    here = target.resolve()
+    for source in read:
+        there = source.resolve()
+        if (
+            is_file_of(target, source)
+            or here in there.parents
+            or (here.exists() and there in here.parents)
+        ):
+            raise ConfigError(
+                f"{target} is read for this ({source}) and would be replaced; choose another target"
+            )
     if target.exists() and not overwrite:
         raise ConfigError(
             f"{target} exists; pass --overwrite to replace it, or choose another target"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class LazyWeights(Mapping[str, Tensor]):
 
     headers: Mapping[str, Tensor]
     """Name -> meta tensor with the shape and dtype of the entry."""
+    sources: tuple[Path, ...] = ()
+    """Files and folders that are read."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)

@@ -61,6 +61,7 @@ class WeightFile(LazyWeights):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.container, self.headers = path, container, headers
+        self.sources = (path,)
         self.others, self.unnamed, self._read = tuple(others), tuple(unnamed), read
         self.metadata, self.config = dict(metadata or {}), config
 

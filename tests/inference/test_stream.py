@@ -206,12 +206,13 @@ def test_first_frames_off_a_block_boundary(jobs, tmp_path, capsys):
     assert not (tmp_path / "a.mp4").exists()
     described, prompts = tmp_path / "a.pt.json", tmp_path / "p.txt"
     (tmp_path / "link.mp4").symlink_to(clip), described.write_text("{}"), prompts.write_text("a red square")
-    (tmp_path / "p.json").symlink_to(prompts)
+    (tmp_path / "p.json").symlink_to(prompts), (tmp_path / "hard.json").hardlink_to(prompts)
     before = clip.read_bytes()
     for target, *flags in (
         ("link.mp4", "--first_frames", clip),
         ("b.mp4", "--report", described, "--ckpt", tmp_path / "a.pt"),
         ("b.mp4", "--report", tmp_path / "p.json", "--prompt_file", prompts),
+        ("b.mp4", "--report", tmp_path / "hard.json", "--prompt_file", prompts),
     ):
         assert stream(jobs["student"], tmp_path / target, *map(str, flags)) == 2
         name = "first_frames" if target == "link.mp4" else flags[2].removeprefix("--")

@@ -138,6 +138,8 @@ def test_negative_embedding_and_view(world, tmp_path, capsys):
     assert run("--source", "teacher", "--teacher", world / "teacher", "--write_negative_embedding", path) == 0
     stored = torch.load(path, weights_only=True)
     assert stored.shape == (8, 24) and stored.dtype == torch.bfloat16 and stored[0].any() and not stored[1:].any()
+    assert run("--source", "teacher", "--teacher", path, "--write_negative_embedding", path) == 1
+    assert "is a file that --teacher reads" in capsys.readouterr().err and torch.load(path).shape == (8, 24)
     assert run(*words(world, tmp_path / "data")) == 0
     assert main(["--view", str(tmp_path / "data" / "shard-000000.tar"), "--sheet", str(tmp_path / "s.png"), "--rows", "2"]) == 0
     with Image.open(tmp_path / "s.png") as sheet:

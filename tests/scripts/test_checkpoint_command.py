@@ -5,6 +5,7 @@ line.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from rcm.pipelines import load_wan, open_weights
 from rcm.train.export import describe
 from scripts import dcp_to_pth
 from scripts.checkpoint import main, size_in_bytes
+from tests.support.adapted_checkpoint import write_adapted
+from tests.support.tiny_checkpoint import write_checkpoint
 from tests.support.weight_folders import FAMILIES, small_config, small_state
 
 FP32 = Precision.preset("fp32")
@@ -135,6 +138,47 @@ def test_wrong_calls_write_nothing(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             run(*words)
         assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_what_is_read_is_not_replaced(tmp_path, capsys, monkeypatch):
+    """Under any name: a link of either kind, a relative path, its folder, a part of it, the base of
+    adapters, a file that is merged; and by whoever writes and reads files.
+    """
+    source, folder = FAMILIES["rcm .pth"](tmp_path, small_state()), tmp_path / "in"
+    assert run("convert", source, folder, "--max_shard_size", "200KB") == 0
+    (tmp_path / "soft.pth").symlink_to(source)
+    (tmp_path / "hard.pth").hardlink_to(source)
+    (tmp_path / "linked").symlink_to(folder)
+    (tmp_path / "whole").mkdir()
+    shutil.copy(source, tmp_path / "whole" / "diffusion_pytorch_model.pth")
+    base, job = tmp_path / "base", tmp_path / "job"
+    write_checkpoint(base)
+    write_adapted(job, base)
+    assert run("convert", job, tmp_path / "lora", "--adapters", "peft") == 0
+    lora = tmp_path / "lora" / "adapter_model.safetensors"
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for words in (
+        (source, source),
+        (source, source.name),
+        (source, "soft.pth"),
+        ("soft.pth", source),
+        (source, "hard.pth"),
+        (folder, folder),
+        ("linked", "in"),
+        (folder, min(folder.glob("*-00001-*"))),
+        (tmp_path / "whole" / "diffusion_pytorch_model.pth", "whole"),
+        (job, base),
+        (job, job, "--base", base, "--adapters", "peft"),
+        (tmp_path / "lora", "lora", "--adapters", "peft"),
+        (base, lora, "--lora", "lora"),
+    ):
+        for more in ([], ["--overwrite"]):
+            assert run("convert", *words, *more) == 2, words
+            assert "and would be replaced; choose another target" in capsys.readouterr().err, words
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run("convert", source, folder / "other.safetensors") == 0, "nothing is there yet"
 
 
 def test_dcp_to_pth_takes_checkpoints_of_rcm(tmp_path):

@@ -180,6 +180,10 @@ def hurt(main, name: str, refusal: str, prepare, *words: str) -> Fault:
     return Fault(name, kind=kind, refusal=refusal, main=main, argv=argv, after=clean)
 
 
+def linked(folder: Path) -> None:
+    (folder / "a.png").symlink_to(small_set(folder / "set", [1, 1]) / shard_name(1))
+
+
 PAIR = lambda folder: small_set(folder / "set", [1, 1])  # noqa: E731
 MERGED, SEEN = ("FOLDER/set/*.tar", "--out", "FOLDER/out", "--shard_size", "1"), ("FOLDER/set/*.tar", "--sheet", "FOLDER/out/a.png")
 FAULTS = [
@@ -205,6 +209,7 @@ FAULTS = [
     hurt(view_shards.main, "VAE of no picture", "--vae_path is for the picture.*add --sheet", PAIR, "FOLDER/set/*.tar", "--vae_path", "x"),
     hurt(view_shards.main, "rows", "--rows -1 must be in 0", PAIR, "FOLDER/set/*.tar", "--rows", "-1"),
     hurt(view_shards.main, "picture of none", "--rows 0 must be at least 1", PAIR, *SEEN, "--rows", "0"),
+    hurt(view_shards.main, "a shard", "a.png is a file that --shards reads", linked, "FOLDER/set/*.tar", "--sheet", "FOLDER/a.png"),
     hurt(view_shards.main, "no picture", "--sheet .*must end in .png", PAIR, "FOLDER/set/*.tar", "--sheet", "FOLDER/a.jpg"),
 ]
 
