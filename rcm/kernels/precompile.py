@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -113,9 +114,24 @@ def _precompile(plan: Callable[[], object], device: torch.device, threads: int) 
     )
     loading = _Loading(pool, start)
     with QUICK_TURNS, torch.cuda.device(device), pool, triton.AsyncCompileMode(loading):
+        _prepare(pool)
         plan()
         planned = time.perf_counter() - start
     return Compiled(loading.submitted, time.perf_counter() - start, planned, tuple(loading.parts))
+
+
+def _prepare(pool: ThreadPoolExecutor) -> None:
+    """What Triton does once in a process before it compiles: hash its own library of 400 MB for the
+    keys of its cache, let a C compiler build its driver (with an empty cache), and import what
+    tells the types of arguments. Side by side here; a launch does one after the other.
+    """
+    from triton.runtime.cache import triton_key
+    from triton.runtime.driver import driver
+
+    begun = (pool.submit(triton_key), pool.submit(lambda: driver.active))
+    import_module("triton.experimental.gluon")
+    for step in begun:
+        step.result()
 
 
 @contextmanager

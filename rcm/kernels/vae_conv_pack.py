@@ -114,10 +114,10 @@ def fold_nearest(weight: Tensor) -> Tensor:
 
 
 def row_multiple(row: int) -> int:
-    """How many channels of K one step of the "tma" form reads: 64 if they divide a row of taps,
-    else 32.
+    """How many channels of K one step of the "tma" form reads: 64 where that fills up a row of taps
+    with no more zeros than 32 does.
     """
-    return 64 if row % 64 == 0 else 32
+    return 64 if -(-row // 32) % 2 == 0 else 32
 
 
 def _cell(parity: int, tap: int) -> int:

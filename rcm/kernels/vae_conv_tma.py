@@ -58,45 +58,51 @@ def conv_tiles(*, pixels: int, channels_out: int) -> ConvTiles:
 
 
 @triton.jit(
-    do_not_specialize=["frames", "frame_pixels", "row_pixels", "height", "width", "batch_pixels"]
-)
+    do_not_specialize=[
+        "frames", "frame_pixels", "row_pixels", "height", "width", "batch_pixels", "tap_rows",
+        "taps_y", "steps", "tiles_n",
+    ]
+)  # fmt: skip
 def convolution_kernel(
     window, weight, weight_rest, out, frames, frame_pixels, row_pixels, height, width, batch_pixels,
-    N: tl.constexpr, TAP_ROWS: tl.constexpr, TAPS_Y: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILES_N: tl.constexpr, STAGES: tl.constexpr,
+    tap_rows, taps_y, steps, tiles_n,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (pixel tiles of all frames x channel tiles, batch). `frames`, `height` and `width` are
-    those of the output, the other sizes those of the window.
+    those of the output, the other sizes those of the window. Only tiles and `N` are constants, so
+    that layers share kernels: each is compiled before the first frame.
     """
-    first = tl.program_id(0) // TILES_N * BLOCK_M
-    channel = tl.program_id(0) % TILES_N * (BLOCK_N + REST_N)
+    first = tl.program_id(0) // tiles_n * BLOCK_M
+    channel = tl.program_id(0) % tiles_n * (BLOCK_N + REST_N)
     start = tl.program_id(1) * batch_pixels + first
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if REST_N > 0:
         rest = tl.zeros((BLOCK_M, REST_N), dtype=tl.float32)
-    for step in tl.range(0, TAP_ROWS * STEPS, num_stages=STAGES):
-        taps = step // STEPS
-        k = step % STEPS * BLOCK_K
-        shift = taps // TAPS_Y * frame_pixels + taps % TAPS_Y * row_pixels
-        x = window.load([start + shift, k])
+    # counted up rather than divided out of `step`, as divisors are not known to the compiler
+    k, y = 0, 0
+    for step in tl.range(0, tap_rows * steps, num_stages=STAGES):
+        x = window.load([start, k])
         w = weight.load([channel, step * BLOCK_K])
         acc = tl.dot(x, w.T, acc)
         if REST_N > 0:
             w_rest = weight_rest.load([channel + BLOCK_N, step * BLOCK_K])
             rest = tl.dot(x, w_rest.T, rest)
+        k += BLOCK_K
+        next_row = k == steps * BLOCK_K
+        k = tl.where(next_row, 0, k)
+        y = tl.where(next_row, y + 1, y)
+        start = tl.where(next_row, start + row_pixels, start)
+        next_frame = y == taps_y
+        y = tl.where(next_frame, 0, y)
+        start = tl.where(next_frame, start + frame_pixels - taps_y * row_pixels, start)
     pixel = first + tl.arange(0, BLOCK_M)
     frame = pixel // frame_pixels
     row = pixel % frame_pixels // row_pixels
     col = pixel % frame_pixels % row_pixels
     inside = (frame < frames) & (row < height) & (col < width)
     place = ((tl.program_id(1) * frames + frame).to(tl.int64) * height + row) * width + col
-    n = channel + tl.arange(0, BLOCK_N)
-    tl.store(
-        out + place[:, None] * N + n[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=inside[:, None] & (n < N)[None, :],
-    )
+    # first, as its accumulators leave registers to the addresses of the others
     if REST_N > 0:
         n = channel + BLOCK_N + tl.arange(0, REST_N)
         tl.store(
@@ -104,6 +110,12 @@ def convolution_kernel(
             rest.to(out.dtype.element_ty),
             mask=inside[:, None] & (n < N)[None, :],
         )
+    n = channel + tl.arange(0, BLOCK_N)
+    tl.store(
+        out + place[:, None] * N + n[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=inside[:, None] & (n < N)[None, :],
+    )
 
 
 def launch_convolution(
@@ -141,9 +153,9 @@ def launch_convolution(
     with device_of(padded):
         launch(
             convolution_kernel, (triton.cdiv(size[0] * h * w, tiles.block_m) * columns, b), rows,
-            weight, rest, out, size[0], h * w, w, size[1], size[2], t * h * w,
-            N=n, TAP_ROWS=kt * ky, TAPS_Y=ky, STEPS=steps, BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n, REST_N=tiles.rest_n, BLOCK_K=block_k, TILES_N=columns,
-            STAGES=tiles.num_stages, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            weight, rest, out, size[0], h * w, w, size[1], size[2], t * h * w, kt * ky, ky,
+            steps, columns, N=n, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            REST_N=tiles.rest_n, BLOCK_K=block_k, STAGES=tiles.num_stages,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out

@@ -16,53 +16,32 @@ from rcm.kernels.launching import device_of
 from rcm.kernels.precompile import launch
 from rcm.kernels.vae_window_eager import NORM_FLOOR, Features, Norm, Window
 
-_LAYOUTS = {"plain": 0, "frame_pairs": 1, "pixel_quads": 2}
-_NORMS = {"none": 0, "rms": 1, "rms_silu": 2}
 TILE_ELEMENTS = 2048
 WARPS = 4
 
 
-@triton.jit
-def _source(
-    row, col, channel, batch, plain, plane, frames, height, width,
-    CHANNELS: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Where pixels lie in what holds a frame, its size, and where the batch entry begins."""
-    if LAYOUT == 2:
-        cells_wide = width // 2 + 1
-        source_plane = (height // 2 + 1).to(tl.int64) * cells_wide * (4 * CHANNELS)
-        cell = ((row + 1) // 2 * cells_wide + (col + 1) // 2).to(tl.int64)
-        group = (row % 2) * 2 + col % 2
-        source = (cell * (4 * CHANNELS) + group * CHANNELS)[:, None] + channel[None, :]
-        source_batch = batch * frames * source_plane
-    elif LAYOUT == 1:
-        source_plane = plane * 2
-        source = (row * width + col).to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
-        source_batch = batch * (frames // 2) * source_plane
-    else:
-        source_plane = plane
-        source = plain
-        source_batch = batch * frames * plane
-    return source, source_plane, source_batch
-
-
-@triton.jit(do_not_specialize=["frames", "height", "width", "adds", "keeps"])
+@triton.jit(
+    do_not_specialize=[
+        "frames", "height", "width", "carries", "low", "high", "quads", "silu", "adds", "keeps",
+    ]
+)  # fmt: skip
 def window_kernel(
-    value, bias, residual, gamma, carried, padded, kept, frames, height, width, adds, keeps,
-    FLOOR: tl.constexpr, ROOT: tl.constexpr, CHANNELS: tl.constexpr, LAYOUT: tl.constexpr,
-    NORM: tl.constexpr, CARRIED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    value, bias, residual, gamma, carried, padded, kept, frames, height, width, carries, low, high,
+    quads, silu, adds, keeps,
+    FLOOR: tl.constexpr, ROOT: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
+    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the padded plane, batch). Everything is contiguous; offsets of frames are 64
-    bit. Whether a residual is added and the sum is kept are numbers, not variants: each of those is
+    bit. `carries` (0 to 2 frames), the border (`low`, `high`), whether pixels lie in quads, are
+    activated, a residual is added and the sum kept are numbers, not variants: each of those is
     compiled before the first frame.
     """
-    padded_width = width + LOW + HIGH
-    padded_pixels = (height + LOW + HIGH) * padded_width
+    padded_width = width + low + high
+    padded_pixels = (height + low + high) * padded_width
     batch = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    row = pixel // padded_width - LOW
-    col = pixel % padded_width - LOW
+    row = pixel // padded_width - low
+    col = pixel % padded_width - low
     exists = pixel < padded_pixels
     inside = exists & (row >= 0) & (row < height) & (col >= 0) & (col < width)
     channel = tl.arange(0, BLOCK_C)
@@ -71,49 +50,57 @@ def window_kernel(
     put = exists[:, None] & real[None, :]
 
     plane = height.to(tl.int64) * width * CHANNELS
-    plain = (row * width + col).to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    source, source_plane, source_batch = _source(
-        row, col, channel, batch, plain, plane, frames, height, width, CHANNELS, LAYOUT
-    )
-    value += source_batch
+    at = row * width + col
+    plain = at.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    if PAIRS:
+        source = at.to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
+        source_plane = plane * 2
+        value += batch * (frames // 2) * source_plane
+    else:
+        cells_wide = width // 2 + 1
+        cell = (row + 1) // 2 * cells_wide + (col + 1) // 2
+        at = tl.where(quads != 0, cell * 4 + (row % 2) * 2 + col % 2, at)
+        source = at.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        quads_plane = (height // 2 + 1).to(tl.int64) * cells_wide * (4 * CHANNELS)
+        source_plane = tl.where(quads != 0, quads_plane, plane)
+        value += batch * frames * source_plane
     residual += batch * frames * plane
     kept += batch * frames * plane
-    carried += batch * CARRIED * plane
+    carried += batch * carries * plane
     out_plane = padded_pixels.to(tl.int64) * CHANNELS
     target = (
         padded
-        + batch * (frames + CARRIED) * out_plane
+        + batch * (frames + carries) * out_plane
         + pixel.to(tl.int64)[:, None] * CHANNELS
         + channel[None, :]
     )
 
-    if NORM > 0:
+    if NORM:
         scale = tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32) * ROOT
     if HAS_BIAS:
         shift = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-        if LAYOUT == 1:
+        if PAIRS:
             shift_odd = tl.load(bias + CHANNELS + channel, mask=real, other=0.0).to(tl.float32)
 
     newer = tl.zeros((BLOCK_P, BLOCK_C), dtype=padded.dtype.element_ty)
     older = newer
-    if CARRIED == 2:
-        older = tl.load(carried + plain, mask=get, other=0.0)
-        newer = tl.load(carried + plane + plain, mask=get, other=0.0)
-        tl.store(target, older, mask=put)
-        tl.store(target + out_plane, newer, mask=put)
-    if CARRIED == 1:
-        newer = tl.load(carried + plain, mask=get, other=0.0)
+    if carries > 0:
+        newer = tl.load(carried + (carries - 1) * plane + plain, mask=get, other=0.0)
+        if carries == 2:
+            older = tl.load(carried + plain, mask=get, other=0.0)
+            tl.store(target, older, mask=put)
+            target += out_plane
         tl.store(target, newer, mask=put)
-    target += CARRIED * out_plane
+        target += out_plane
 
     for t in range(frames):
-        if LAYOUT == 1:
+        if PAIRS:
             place = value + (t // 2) * source_plane + (t % 2) * CHANNELS + source
         else:
             place = value + t * source_plane + source
         x = tl.load(place, mask=get, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            if LAYOUT == 1:
+            if PAIRS:
                 x += tl.where(t % 2 == 0, shift, shift_odd)[None, :]
             else:
                 x += shift[None, :]
@@ -123,23 +110,22 @@ def window_kernel(
         y = x.to(padded.dtype.element_ty)
         if keeps != 0:
             tl.store(kept + t * plane + plain, y, mask=get)
-        if NORM > 0:
+        if NORM:
             # the norm sees the rounded sum, as a later reader of `kept` does
             x = y.to(tl.float32)
             length = tl.sqrt(tl.sum(x * x, 1))
             x = x * (1.0 / tl.maximum(length, FLOOR))[:, None] * scale[None, :]
-            if NORM == 2:
+            if silu != 0:
                 x = x / (1.0 + tl.exp(-x))
             y = x.to(padded.dtype.element_ty)
         tl.store(target + t * out_plane, y, mask=put)
         older = newer
         newer = y
 
-    if CARRIED == 2:
+    if carries == 2:
         tl.store(carried + plain, older, mask=get)
-        tl.store(carried + plane + plain, newer, mask=get)
-    if CARRIED == 1:
-        tl.store(carried + plain, newer, mask=get)
+    if carries > 0:
+        tl.store(carried + (carries - 1) * plane + plain, newer, mask=get)
 
 
 def launch_window(
@@ -178,10 +164,11 @@ def launch_window(
     with device_of(value):
         launch(
             window_kernel, (triton.cdiv((h + low + high) * (w + low + high), block_p), b),
-            *arguments, t, h, w, int(features.residual is not None),
+            *arguments, t, h, w, count, low, high, int(features.layout == "pixel_quads"),
+            int(norm == "rms_silu"), int(features.residual is not None),
             int(keep and not nothing_to_add),
-            FLOOR=NORM_FLOOR, ROOT=c**0.5, CHANNELS=c, LAYOUT=_LAYOUTS[features.layout],
-            NORM=_NORMS[norm], CARRIED=count, LOW=low, HIGH=high,
-            HAS_BIAS=features.bias is not None, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+            FLOOR=NORM_FLOOR, ROOT=c**0.5, CHANNELS=c, PAIRS=features.layout == "frame_pairs",
+            NORM=norm != "none", HAS_BIAS=features.bias is not None, BLOCK_P=block_p,
+            BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
     return Window(padded, kept)
