@@ -217,12 +217,12 @@ class AdaptedWeights(LazyWeights):
                 raise CheckpointError(
                     f"the factors of {name} have rank {found}, its description says {rank}"
                 )
-            if (
-                pair.alpha is not None
-                and (alpha := float(self.file[pair.alpha])) != self.described["alpha"]
-            ):
+            if pair.alpha is None:
+                continue
+            stored, said = self.file[pair.alpha], self.described["alpha"]
+            if float(stored) != float(torch.tensor(said, dtype=stored.dtype)):
                 raise CheckpointError(
-                    f"{pair.alpha} is {alpha:g}, its description says {self.described['alpha']:g}"
+                    f"{pair.alpha} is {float(stored):g}, its description says {said:g}"
                 )
         blocks = {name.split(".")[1] for name in self.headers if name.startswith("blocks.")}
         missing = sorted(

@@ -68,8 +68,11 @@ def save_adapters(
         alpha=said["alpha"],
         base=network.told["path"],
     )
-    tensors = published(network.factors(), layout=layout, alpha=said["alpha"])
-    tensors = {key: value.to(dtype or value.dtype) for key, value in tensors.items()}
+    factors = {
+        layer: (down.to(dtype or down.dtype), up.to(dtype or up.dtype))
+        for layer, (down, up) in network.factors().items()
+    }
+    tensors = published(factors, layout=layout, alpha=said["alpha"])
     with replacing_described(target, description) as partial:
         if wanted:
             metadata = {"format": "pt", "rcm": description.to_json()}

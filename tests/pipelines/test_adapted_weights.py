@@ -20,7 +20,7 @@ from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.layout import TokenLayout
 from rcm.nets.lora import AdaptedNet
-from rcm.pipelines.adapted_weights import LoRA
+from rcm.pipelines.adapted_weights import LoRA, MergedWeights
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.wan_files import load_wan, network_weights
 from rcm.pipelines.weight_files import open_weights
@@ -110,6 +110,20 @@ def test_published_keys(folder: Path) -> None:
     assert "cross_attn.o" in said["target_modules"] and said["base_model_name_or_path"] == str(folder / "base")
 
 
+def test_narrow_factors_have_the_strength_of_wide_ones(folder: Path, tmp_path: Path) -> None:
+    """alpha is no weight: no dtype that was asked for rounds it."""
+    target = tmp_path / "narrow.safetensors"
+    assert main(["convert", str(folder / "job"), str(target), "--weights", "reg", "--adapters", "wan", "--dtype", "bf16"]) == 0
+    dtypes = {key.endswith(".alpha"): value.dtype for key, value in load_file(target).items()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    wide, narrow = (network_weights(open_weights(path), weights="reg") for path in (folder / "job", target))
+    assert narrow.strength == wide.strength == ALPHA / RANK
+    (first,) = {
+        MergedWeights(network_weights(open_weights(folder / "base")), LoRA(target)).strengths[name] for name in list(wide.pairs)[:1]
+    }
+    assert first == pytest.approx(ALPHA / RANK, rel=1e-7)
+
+
 def test_a_merged_file_is_a_network_by_itself(folder: Path) -> None:
     found = Description.read(folder / "merged.safetensors.json")
     assert "adapters" not in found.extra and found.extra["weights"] == "live"
@@ -195,7 +209,7 @@ def test_two_strengths_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "peft", tmp_path / "peft")
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(config.read_text().replace(f'"lora_alpha": {ALPHA}', '"lora_alpha": 8'))
-    told = "its description says alpha 3, its settings say 8; say which with --lora_alpha"
+    told = f"its description says alpha {ALPHA:g}, its settings say 8; say which with --lora_alpha"
     with pytest.raises(CheckpointError, match=told):
         rcm.load(tmp_path / "peft", device="cpu")
     with pytest.raises(CheckpointError, match=told):

@@ -22,7 +22,8 @@ from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.state import TrainState
 from tests.support.tiny_checkpoint import STUDENT, describe_world, world_net
 
-RANK, ALPHA = 2, 3.0
+RANK, ALPHA = 2, 2.7
+"""An alpha that neither float32 nor bfloat16 holds."""
 
 
 def write_adapted(job: Path, base: Path, *, seed: int = 5, names: tuple[str, ...] = ("student", "fake_score")) -> AdaptedNet:
