@@ -15,7 +15,7 @@ import torch
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import BlockCausal
-from rcm.nets.denoiser import Denoiser, Guided
+from rcm.nets.denoiser import Denoiser
 from rcm.nets.kv_rewrite import rewrite
 from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import at_frames
@@ -93,27 +93,6 @@ def test_a_wrapping_window_equals_recomputation_with_an_explicit_mask(denoiser, 
         times.append(torch.full((2, plan.stop - plan.start), t, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("look_ahead", [False, True])
-def test_snapshots_go_on_bit_by_bit(denoiser, guided, look_ahead):
-    model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9), 2.0) if guided else denoiser
-    wanted = spec(NOISY, policy=SlidingWindow(3, 1), look_ahead=look_ahead)
-    codec = ToyCodec()
-    small = StreamSpec(NOISY, LATENT, num_frames=6, noise="video", look_ahead=look_ahead)
-    for what in (wanted, small):
-        session = opened(model, what)
-        latents(session, 3)
-        state = session.snapshot()
-        following = latents(session, 3)
-        session.restore(state)
-        assert torch.equal(latents(session, 3), following), "the same session"
-        if what is wanted:
-            other = opened(model, what)
-            other.restore(state)
-            assert torch.equal(latents(other, 3), following), "another session, opened alike"
-    assert codec.stream().state_copy() is True
-
-
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
 def test_a_stream_may_be_stepped_in_and_out_of_modes_of_torch(denoiser, mode):
     def run(within) -> torch.Tensor:
@@ -167,27 +146,6 @@ def test_prompts_change_at_a_chunk_boundary_and_the_latest_wins(denoiser):
     assert receipt.applied_at == 3, "one chunk was under way"
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
-def test_recaching_is_as_if_the_window_had_been_made_under_the_new_prompt(denoiser, recipe):
-    """The keys of the window become those of a cache that was filled with the same latents under
-    the new prompt; sinks stay.
-    """
-    other, policy = condition(tiny_config(), seed=5), SlidingWindow(3, 1)
-    session = opened(denoiser, spec(recipe, policy=policy))
-    latents(session, 5)
-    held = [chunk.id for chunk in session.loop.cache.chunks]
-    session.set_condition(other, mode="recache")
-    sink = [x[:, slice(*session.loop.cache.chunk(0).spans[0])].clone() for x in session.loop.cache.store.buffers[0]]
-    got = latents(session, 1)
-    cache = session.loop.cache
-    assert [chunk.id for chunk in cache.chunks][: len(held) - 1] == [0, *held[2:]], "ids are stable"
-    assert all(torch.equal(x[:, slice(*cache.chunk(0).spans[0])], y) for x, y in zip(cache.store.buffers[0], sink, strict=True))
-    kept = opened(denoiser, spec(recipe, policy=policy))
-    latents(kept, 5)
-    kept.set_condition(other, mode="keep")
-    assert not torch.equal(latents(kept, 1), got)
-
-
 def test_recaching_sees_no_more_than_was_seen_of_a_past_that_is_kept(denoiser):
     """In two layers a block knows of the one before it alone, which is entered anew either way."""
 
@@ -215,14 +173,6 @@ class Merging(CachePolicy):
                 [at_frames(range(cached_frames(branches[0])), GRID)],
                 lambda _, keys, values: (keys.clone(), values.clone()),
             )
-
-
-def test_recaching_refuses_what_a_policy_merged(denoiser):
-    session = opened(denoiser, spec(policy=Merging()))
-    latents(session, 4)
-    session.set_condition(condition(tiny_config(), seed=5), mode="recache")
-    with pytest.raises(ConfigError, match="mode='keep'"):
-        session.step()
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
@@ -381,17 +331,15 @@ def test_opening_and_closing_leaks_nothing(denoiser):
     assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) <= before + 2
 
 
-def test_first_frame_comes_alone_and_host_images_are_the_pixels():
-    codec, cond = ToyCodec(), condition(tiny_config())
-    net = tiny_net()
-    recipe = replace(RECIPE, pattern="c3-3")
-    whole = list(bounded(Denoiser(net, Precision.preset("fp64")), None, cond, recipe, shape=(2, 4, 6, HEIGHT, WIDTH),
-                         generator=torch.Generator().manual_seed(1)))  # fmt: skip
-    parts = list(bounded(Denoiser(net, Precision.preset("fp64")), None, cond, recipe, shape=(2, 4, 6, HEIGHT, WIDTH),
-                         generator=torch.Generator().manual_seed(1), first_alone=True))  # fmt: skip
+def test_first_frame_comes_alone(denoiser):
+    def made(**options) -> list:
+        generator, shape = torch.Generator().manual_seed(1), (2, 4, 6, HEIGHT, WIDTH)
+        recipe = replace(RECIPE, pattern="c3-3")
+        return list(bounded(denoiser, None, condition(tiny_config()), recipe, shape=shape, generator=generator, **options))
+
+    whole, parts = made(), made(first_alone=True)
     assert [c.latents.shape[2] for c in parts] == [1, 2, 3] and [c.block for c in parts] == [0, 0, 1]
     assert torch.equal(torch.cat([c.latents for c in parts], dim=2), torch.cat([c.latents for c in whole], dim=2))
-    assert codec.latent_channels != 4, "this network has no decodable latents"
 
 
 def test_policies_keep_everything_by_default():
