@@ -297,17 +297,14 @@ def rollout(
     rule: StepRule,
     cache: Cache,
     grad: Grad = "none",
-    in_place: bool = False,
     commit_last: bool = True,
 ) -> Iterator[ChunkResult]:
-    """Generate the chunks of `plans` in order, one `ChunkResult` each; options as `ChunkLoop`.
+    """Generate the chunks of `plans` in order, one `ChunkResult` each; `grad` as in `ChunkLoop`.
 
     `cache` already holds every block before the first plan's (see `ChunkLoop.prefill`).
     `commit_last=False` skips the context pass of the final chunk, which nothing reads.
     """
-    loop = ChunkLoop(
-        denoiser, canvas=canvas, noise=noise, rule=rule, cache=cache, grad=grad, in_place=in_place
-    )
+    loop = ChunkLoop(denoiser, canvas=canvas, noise=noise, rule=rule, cache=cache, grad=grad)
     upcoming = iter(plans)
     plan = next(upcoming, None)
     while plan is not None:
