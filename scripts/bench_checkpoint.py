@@ -225,8 +225,6 @@ def room(folder: Path, config: WanConfig) -> None:
 def chosen(options: argparse.Namespace) -> WanConfig:
     """The network that the flags ask for."""
     config = preset(options.size)
-    if options.gpus < 1:
-        raise ConfigError(f"--gpus {options.gpus} must be at least 1")
     if options.blocks is None:
         return config
     if not 1 <= options.blocks <= config.num_layers:

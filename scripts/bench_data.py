@@ -261,14 +261,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("memory and page cache are measured through /proc: run it on Linux")
     if len(options.latents) != 4 or len(options.text) != 2:
         raise ConfigError("--latents takes four sizes (16x21x60x104) and --text two (512x4096)")
-    for name in ("samples", "prefetch_factor", "shards"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)} must be at least 1")
-    for name in ("step_seconds", "seconds"):
-        if not getattr(options, name) > 0:
-            raise ConfigError(f"--{name} {getattr(options, name):g} must be positive")
-    if any(workers < 0 for workers in options.workers):
-        raise ConfigError(f"--workers {min(options.workers)} must be at least 0")
 
 
 if __name__ == "__main__":

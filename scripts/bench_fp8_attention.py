@@ -35,6 +35,7 @@ from rcm.nets.attention_auto import parts_of
 from scripts.bench_measure import (
     bench_flags,
     captured,
+    drawn,
     relative,
     require_card,
     require_match,
@@ -44,6 +45,7 @@ from scripts.bench_measure import (
 
 WIDTH = 128
 FRAME = 1560
+draw = partial(drawn, width=WIDTH, shifted=True)
 SHAPES = [
     *((FRAME, FRAME * frames, 12) for frames in (1, 3, 6, 12, 21)),
     *((3 * FRAME, FRAME * frames, 12) for frames in (3, 6, 12, 21)),
@@ -81,30 +83,6 @@ def variants() -> dict[str, tuple[str, object]]:
         "triton 64x128 w4 s2": ("portable", PortableTiles(64, 128, 4, 2)),
         "triton 64x64 w4 s3": ("portable", PortableTiles(64, 64, 4, 3)),
     }
-
-
-def draw(
-    queries: int, keys: int, heads: int, *, batch: int = 1, kind: str = "real-like"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, L, N, D] in bf16. "random": normal. "real-like": tokens of 64 kinds, channels of
-    uneven size, a few of them with a large constant.
-    """
-    g = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, device="cuda")
-
-    q, k, v = (normal(batch, n, heads, WIDTH) for n in (queries, keys, keys))
-    if kind == "real-like":
-        kinds = torch.randint(64, (keys,), generator=g, device="cuda")
-        spread = torch.exp(0.5 * normal(heads, WIDTH))
-        heavy = (
-            6 * normal(heads, WIDTH) * (torch.rand(heads, WIDTH, generator=g, device="cuda") < 0.04)
-        )
-        k = spread * (normal(batch, 64, heads, WIDTH)[:, kinds] + 0.4 * k) + heavy
-        v = normal(batch, 64, heads, WIDTH)[:, kinds] + 0.4 * v + 0.5 * normal(heads, WIDTH)
-        q = q / spread
-    return tuple(x.to(torch.bfloat16) for x in (q, k, v))
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -369,12 +347,11 @@ def table(rows: list[dict], names: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Check and measure everything, and print it."""
     parser = bench_flags("FP8 attention against bf16: errors, then times.", file="--out")
-    parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
-    parser.add_argument(
-        "--limit", type=float, default=110, help="seconds for everything [%(default)g]"
-    )
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--lock", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--only", default="", help="substring of the variants to run, beside bf16")
+    add("--limit", type=float, default=110, help="seconds for everything [%(default)g]")
+    add("--worker", help=argparse.SUPPRESS)
+    add("--lock", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
         require_card("bench_fp8_attention")

@@ -195,16 +195,15 @@ def cases() -> dict[str, KVCodecSpec]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on standard error for what cannot be streamed."""
     parser = bench_flags(__doc__, file="--out")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--ckpt",
         type=Path,
         default=SHIPPED,
         help="a causal checkpoint of the embedded world [the shipped one]",
     )
-    parser.add_argument(
-        "--frames", type=int, default=9, help="latent frames to stream [%(default)s]"
-    )
-    parser.add_argument("--batch", type=int, default=24, help="prompts at once [%(default)s]")
+    add("--frames", type=int, default=9, help="latent frames to stream [%(default)s]")
+    add("--batch", type=int, default=24, help="prompts at once [%(default)s]")
     args = parser.parse_args(argv)
     rows, on = [], machine("cpu")
     print(in_words(on))

@@ -26,6 +26,7 @@ from scripts.bench_kv_bias import Seen, corrected_errors
 from scripts.bench_measure import (
     alone,
     bench_flags,
+    drawn,
     in_words,
     machine,
     require_card,
@@ -64,27 +65,6 @@ def cases(clusters: int) -> dict[str, KVCodecSpec]:
         "int2 qvg release": both("int2", "qvg", mode="release"),
         "int2 qvg official": both("int2", "qvg", mode="official"),
     }
-
-
-def draw(kind: str, shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [1, S, N, D] bf16. "random": normal. "real-like": tokens of 64 kinds, channels of
-    uneven size, a few channels with a large constant, as keys before rotation have them.
-    """
-    s, n, d = shape
-    g = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, device=device)
-
-    q, k, v = normal(1, s, n, d), normal(1, s, n, d), normal(1, s, n, d)
-    if kind == "real-like":
-        kinds = torch.randint(64, (s,), generator=g, device=device)
-        spread = torch.exp(0.5 * normal(1, 1, n, d))
-        heavy = 6 * normal(1, 1, n, d) * (torch.rand(1, 1, n, d, generator=g, device=device) < 0.04)
-        k = spread * (normal(1, 64, n, d)[:, kinds] + 0.4 * k) + heavy
-        v = normal(1, 64, n, d)[:, kinds] + 0.4 * v
-        q = q / spread
-    return tuple(x.to(torch.bfloat16) for x in (q, k, v))
 
 
 def timed(call: Callable[[], object], *, repeats: int, device: str) -> float:
@@ -165,15 +145,14 @@ def measure(
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = bench_flags(__doc__, file="--out")
-    parser.add_argument("--tokens", type=int, default=4680, help="tokens of a chunk")
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--channels", type=int, default=128, help="channels of a head")
-    parser.add_argument(
-        "--chunks", type=int, default=6, help="cold chunks that every forward restores"
-    )
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--only", default="", help="part of a codec's name")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--tokens", type=int, default=4680, help="tokens of a chunk")
+    add("--heads", type=int, default=12)
+    add("--channels", type=int, default=128, help="channels of a head")
+    add("--chunks", type=int, default=6, help="cold chunks that every forward restores")
+    add("--repeats", type=int, default=20)
+    add("--only", default="", help="part of a codec's name")
+    add(
         "--tiny",
         action="store_true",
         help="256 tokens, 2 heads, on the CPU: a check of this script",
@@ -190,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{in_words(on)}  chunk {args.tokens} x {args.heads} x {args.channels}")
     rows, wrong = [], 0
     for kind in ("random", "real-like"):
-        data = draw(kind, (args.tokens, args.heads, args.channels), args.device)
+        size = {"width": args.channels, "kind": kind, "device": args.device}
+        data = drawn(args.tokens, args.tokens, args.heads, **size)
         for name, spec in cases(min(256, max(1, args.tokens // 16))).items():
             if args.only not in name:
                 continue

@@ -184,6 +184,37 @@ def quantile(values: Sequence[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
+def drawn(
+    queries: int,
+    keys: int,
+    heads: int,
+    *,
+    width: int,
+    batch: int = 1,
+    kind: str = "real-like",
+    device: str = "cuda",
+    shifted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, L, N, D] in bf16. "random": normal. "real-like": tokens of 64 kinds, channels of
+    uneven size, a few channels with a large constant, as keys before rotation have them; `shifted`:
+    every channel of the values with a constant.
+    """
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, device=device)
+
+    q, k, v = (normal(batch, n, heads, width) for n in (queries, keys, keys))
+    if kind == "real-like":
+        kinds, channels = torch.randint(64, (keys,), generator=g, device=device), (heads, width)
+        spread, heavy = torch.exp(0.5 * normal(*channels)), 6 * normal(*channels)
+        heavy *= torch.rand(*channels, generator=g, device=device) < 0.04
+        k = spread * (normal(batch, 64, *channels)[:, kinds] + 0.4 * k) + heavy
+        v = normal(batch, 64, *channels)[:, kinds] + 0.4 * v
+        q, v = q / spread, v + 0.5 * normal(*channels) if shifted else v
+    return tuple(x.to(torch.bfloat16) for x in (q, k, v))
+
+
 def timed(
     call: Callable[[], object], *, repeats: int, prepare: Callable[[], object] = lambda: None
 ) -> dict[str, float]:
@@ -213,16 +244,16 @@ def alone(call: Callable[[], object], *, repeats: int) -> float:
     return _rounds(lambda: [call() for _ in range(10)], repeats=repeats) / 10
 
 
-def captured(call: Callable[[], object], *, repeats: int = 9, fill_ms: float = 4.0) -> float:
+def captured(call: Callable[[], object], *, repeats: int = 9) -> float:
     """Milliseconds of a call in a CUDA graph, median of replays. A short one stands in it again
-    and again, up to `fill_ms` and 40 times.
+    and again, up to 4 ms and 40 times.
     """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(side), torch.no_grad():
         once = _rounds(call, repeats=1)
     torch.cuda.synchronize()
-    times = max(1, min(40, int(fill_ms / max(once, 1e-3))))
+    times = max(1, min(40, int(4.0 / max(once, 1e-3))))
     with torch.no_grad(), torch.cuda.graph(graph):
         for _ in range(times):
             call()

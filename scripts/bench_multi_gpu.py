@@ -75,18 +75,17 @@ SIZES = (Size("fp32", 6, 16, 32, layers=10), Size("bf16", 21))
 def main(arguments: list[str] | None = None) -> int:
     """Run all sizes and combinations; exit status 1 when a comparison exceeds its limit."""
     parser = bench_flags(__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--truth",
         type=Path,
         required=True,
         help="file of one rank's results: written by one rank, read by several",
     )
-    parser.add_argument(
-        "--layers", type=int, help="blocks, other than 10 in float32 and 30 in bfloat16"
-    )
-    parser.add_argument("--dim", type=int, default=1536, help=f"width, a multiple of {HEAD}")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="tiny latents, for trying the script")
+    add("--layers", type=int, help="blocks, other than 10 in float32 and 30 in bfloat16")
+    add("--dim", type=int, default=1536, help=f"width, a multiple of {HEAD}")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--small", action="store_true", help="tiny latents, for trying the script")
     options = parser.parse_args(arguments)
     if options.dim % HEAD:
         raise ConfigError(f"--dim {options.dim} must be a multiple of {HEAD}, the size of a head")

@@ -184,14 +184,11 @@ def parts_of(
 def main(argv: list[str] | None = None) -> None:
     """Run the parts and print a table."""
     parser = bench_flags(__doc__, file="--out", default="stream.json")
-    parser.add_argument(
-        "--attention", default="net", choices=("net", "fp8"), help="over the cache, of all streams"
-    )
-    parser.add_argument(
-        "--parts", default="correct,c33,c11,steady,several,fp8", help="comma-separated"
-    )
-    parser.add_argument("--size", default="1.3B", choices=("1.3B", "14B"))
-    parser.add_argument("--chunks", type=int, default=24, help="steady chunks that are timed")
+    add = parser.add_argument
+    add("--attention", default="net", choices=("net", "fp8"), help="over the cache, of all streams")
+    add("--parts", default="correct,c33,c11,steady,several,fp8", help="comma-separated")
+    add("--size", default="1.3B", choices=("1.3B", "14B"))
+    add("--chunks", type=int, default=24, help="steady chunks that are timed")
     parser.idle("chunks", beside="parts", when=lambda options: "steady" not in options.parts)
     options = parser.parse_args(argv)
     report: dict[str, Any] = {**this_card("bench_stream"), "size": options.size}

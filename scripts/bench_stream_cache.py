@@ -33,11 +33,12 @@ from rcm.nets.attention_auto import parts_of
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
-from scripts.bench_kv_codec import cases, draw
+from scripts.bench_kv_codec import cases
 from scripts.bench_measure import (
     GIB,
     bench_flags,
     captured,
+    drawn,
     forget,
     relative,
     require_match,
@@ -119,7 +120,7 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
     """Encode, restore and attention of a chunk, as captured passes take it, and the relative error
     of attention.
     """
-    q, k, v = draw("real-like", (4680, 12, 128), "cuda")
+    q, k, v = drawn(4680, 4680, 12, width=128)
     total, scale = WINDOW * k.shape[1], q.shape[3] ** -0.5
     room = [x.repeat(1, WINDOW, 1, 1) for x in (k, v)]  # zeros would run faster
     by_parts = partial(split_attention, parts=parts_of(q, room[0]))

@@ -285,17 +285,14 @@ def show(result: dict[str, object], options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check, measure, print."""
     parser = bench_flags(__doc__)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--frames", type=int, default=81, help="1 + 4 k, at least 37 [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--profile", action="store_true", help="print the kernels of one steady step"
-    )
-    parser.add_argument(
-        "--cold", action="store_true", help="time the start of fresh processes only"
-    )
-    parser.add_argument("--cold-child", choices=("ahead", "plain"), help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--height", type=int, default=480)
+    add("--width", type=int, default=832)
+    add("--frames", type=int, default=81, help="1 + 4 k, at least 37 [%(default)s]")
+    add("--repeats", type=int, default=5)
+    add("--profile", action="store_true", help="print the kernels of one steady step")
+    add("--cold", action="store_true", help="time the start of fresh processes only")
+    add("--cold-child", choices=("ahead", "plain"), help=argparse.SUPPRESS)
     parser.idle("frames", "repeats", "profile", beside="cold")
     options = parser.parse_args(arguments)
     if options.frames % 4 != 1 or options.frames < 37:  # the chunks that are streamed

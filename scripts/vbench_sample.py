@@ -121,11 +121,7 @@ def suite_items(flags: argparse.Namespace) -> list[SuiteItem]:
                 f"--dimension {unknown[0]} is not in {listed}, which has {', '.join(known)}"
             )
         items = [item for item in items if set(item.dimensions) & set(flags.dimension)]
-    if flags.max_prompts is not None:
-        if flags.max_prompts < 1:
-            raise ConfigError(f"--max_prompts {flags.max_prompts} must be at least 1")
-        items = items[: flags.max_prompts]
-    images = image_folder(flags)
+    items, images = items[: flags.max_prompts], image_folder(flags)
     return (
         items
         if images is None
