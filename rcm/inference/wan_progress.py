@@ -24,41 +24,17 @@ TICK, TOLD_EVERY = 0.5, 30.0
 """Seconds between two looks; between two lines of one part where there is no terminal."""
 
 
-class StepLines:
-    """Progress of sampling: a bar with the time left on a terminal, a line per step elsewhere."""
-
-    def __init__(self, out: TextIO) -> None:
-        self.out = out
-        self._spent: list[float] = []
-
-    def __call__(self, step: Step, total: int) -> None:
-        """See `rcm.pipelines.experts.OnStep`."""
-        told = f"step {step.index + 1}/{total}: t {step.t:.4f}, {step.expert}, {step.seconds:.3f} s"
-        self.show(told, done=step.index + 1, total=total, seconds=step.seconds)
-
-    def show(self, told: str, *, done: int, total: int, seconds: float) -> None:
-        """`told`, of unit `done` of `total`, which took `seconds`."""
-        self._spent = [*self._spent[: done - 1], seconds]
-        if not self.out.isatty():
-            self.out.write(f"{told}\n")
-        else:
-            filled = BAR_WIDTH * done // total
-            left = spoken(sum(self._spent) / len(self._spent) * (total - done))
-            end = "\x1b[K\n" if done == total else f", {left} left\x1b[K"
-            self.out.write(f"\r[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {told}{end}")
-        self.out.flush()
-
-
 class Progress:
     """Follows the parts of a run (`PartClock.watch`) and its steps (`OnStep`); a `with` block,
     which a thread watches meanwhile.
 
-    On a terminal one line with the seconds of the part, elsewhere a line when a part begins and
-    every 30 seconds that it lasts.
+    On a terminal one line with the seconds of the part, and a bar with the time left per step;
+    elsewhere a line when a part begins, every 30 seconds that it lasts, and per step.
     """
 
     def __init__(self, out: TextIO) -> None:
-        self.out, self._lines = out, StepLines(out)
+        self.out = out
+        self._spent: list[float] = []
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._doing, self._since, self._told = "", 0.0, 0.0
@@ -86,16 +62,24 @@ class Progress:
 
     def step(self, step: Step, total: int) -> None:
         """A step is done."""
-        with self._lock:
-            self._lines(step, total)
-            self._since = self._told = time.monotonic()
+        told = f"step {step.index + 1}/{total}: t {step.t:.4f}, {step.expert}, {step.seconds:.3f} s"
+        self._unit(told, done=step.index + 1, total=total, seconds=step.seconds)
 
     def chunk(self, done: int, total: int, *, seconds: float) -> None:
         """A chunk of a video is done."""
+        told = f"chunk {done}/{total}: {seconds:.3f} s"
+        self._unit(told, done=done, total=total, seconds=seconds)
+
+    def _unit(self, told: str, *, done: int, total: int, seconds: float) -> None:
         with self._lock:
-            self._lines.show(
-                f"chunk {done}/{total}: {seconds:.3f} s", done=done, total=total, seconds=seconds
-            )
+            self._spent = [*self._spent[: done - 1], seconds]
+            if not self.out.isatty():
+                self._write(f"{told}\n")
+            else:
+                filled = BAR_WIDTH * done // total
+                left = spoken(sum(self._spent) / len(self._spent) * (total - done))
+                end = "\x1b[K\n" if done == total else f", {left} left\x1b[K"
+                self._write(f"\r[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {told}{end}")
             self._since = self._told = time.monotonic()
 
     def _watch(self) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
-import threading
+import re
 
 import pytest
 
 from rcm.core.errors import ConfigError
 from rcm.inference.flag_ranges import RANGES, check_numbers
 from rcm.inference.outcome import command, exit_status
-from rcm.inference.wan_progress import Progress, spoken
-from rcm.pipelines.experts import Step
-from rcm.pipelines.part_clock import PartClock
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -25,6 +21,22 @@ def test_both_ends_of_every_range(name):
     for number in (least - 1, most + 1, float("nan"), float("inf"), [least, most * 2 + 1], 10**30):
         with pytest.raises(ConfigError, match=f"^--{name} .* must be"):
             check_numbers(argparse.Namespace(**{name: number}))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "told"),
+    [
+        *(("sigma_max", number, "must be a finite number, from 0.001 to 1e+09") for number in (float("nan"), float("inf"), -float("inf"))),
+        ("sigma_max", -1.0, "--sigma_max -1 must be positive, at least 0.001"),
+        ("timestep_shift", -3.0, "--timestep_shift -3 must be positive, at least 0.01 (1: no shift)"),
+        ("num_steps", 0, "--num_steps 0 must be at least 1"),
+        ("seed", 10**20 - 1, "--seed 99999999999999999999 must be at most 4294967295"),
+        ("fps", 2000.0, "--fps 2000 must be at most 1000"),
+    ],
+)
+def test_what_is_said_of_a_number(name, number, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check_numbers(argparse.Namespace(**{name: number}))
 
 
 def test_numbers_of_other_names_are_finite():
@@ -51,39 +63,3 @@ def test_how_commands_end(capsys):
     assert refused == "error: one knob caf\\udce9"
     with pytest.raises(RuntimeError, match="a fault of the program"):
         exit_status(lambda: (_ for _ in ()).throw(RuntimeError("a fault of the program")))
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def _work(out: io.StringIO) -> str:
-    clock = PartClock("cpu")
-    with Progress(out) as progress:
-        clock.watch = progress.part
-        with clock.part("load"):
-            progress._tick(progress._since + 31)
-        with clock.part("solver"):
-            for number in range(2):
-                with clock.part("network"):
-                    pass
-                progress.step(Step(number, 0.5, "dit", 40.0), 2)
-        with clock.part("decode"):
-            pass
-    assert threading.active_count() == 1 or not progress._thread.is_alive()
-    return out.getvalue()
-
-
-def test_progress_of_parts_and_steps():
-    assert _work(io.StringIO()).splitlines() == [
-        "loading a model",
-        "still loading a model, 31 s",
-        "step 1/2: t 0.5000, dit, 40.000 s",
-        "step 2/2: t 0.5000, dit, 40.000 s",
-        "decoding the video",
-    ]
-    shown = _work(Terminal())
-    assert "\rloading a model, 31 s\x1b[K" in shown
-    assert "step 1/2: t 0.5000, dit, 40.000 s, 40 s left\x1b[K" in shown
-    assert [spoken(s) for s in (5, 120, 7200)] == ["5 s", "2 min", "2.0 h"]

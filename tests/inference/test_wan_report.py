@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
 
-from rcm.inference.wan_progress import StepLines
+from rcm.inference.wan_progress import Progress, spoken
 from rcm.inference.wan_report import cost_lines
 from rcm.pipelines.experts import Step
 from rcm.pipelines.part_clock import PartClock
@@ -17,20 +18,36 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_per_step_where_there_is_no_terminal():
-    out = io.StringIO()
-    for step in STEPS:
-        StepLines(out)(step, 2)
-    assert out.getvalue() == "step 1/2: t 0.9870, high, 2.000 s\nstep 2/2: t 0.5000, low, 1.000 s\n"
+def _work(out: io.StringIO) -> str:
+    clock = PartClock("cpu")
+    with Progress(out) as progress:
+        clock.watch = progress.part
+        with clock.part("load"):
+            progress._tick(progress._since + 31)
+        with clock.part("solver"):
+            for number in range(2):
+                with clock.part("network"):
+                    pass
+                progress.step(Step(number, 0.5, "dit", 40.0), 2)
+        with clock.part("decode"):
+            pass
+    assert threading.active_count() == 1 or not progress._thread.is_alive()
+    return out.getvalue()
 
 
-def test_a_bar_on_a_terminal():
-    out = Terminal()
-    for step in STEPS:
-        StepLines(out)(step, 2)
-    first, second = out.getvalue().split("\r")[1:]
-    assert first.startswith(f"[{'#' * 15}{'.' * 15}] step 1/2") and "\n" not in first
-    assert second.startswith(f"[{'#' * 30}] step 2/2") and second.endswith("\n")
+def test_progress_of_parts_and_steps():
+    assert _work(io.StringIO()).splitlines() == [
+        "loading a model",
+        "still loading a model, 31 s",
+        "step 1/2: t 0.5000, dit, 40.000 s",
+        "step 2/2: t 0.5000, dit, 40.000 s",
+        "decoding the video",
+    ]
+    shown = _work(Terminal())
+    assert "\rloading a model, 31 s\x1b[K" in shown
+    assert f"\r[{'#' * 15}{'.' * 15}] step 1/2: t 0.5000, dit, 40.000 s, 40 s left\x1b[K" in shown
+    assert f"\r[{'#' * 30}] step 2/2: t 0.5000, dit, 40.000 s\x1b[K\n" in shown
+    assert [spoken(s) for s in (5, 120, 7200)] == ["5 s", "2 min", "2.0 h"]
 
 
 def test_costs():
