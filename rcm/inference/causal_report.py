@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,9 +23,11 @@ from rcm.core.output_file import OutputFile
 from rcm.inference.wan_report import common_record, peak_lines
 from rcm.kernels.kv_codec.spec import KVCodecSpec
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.scenes import Timeline
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.rollout.recipe import SamplingRecipe
+
+if TYPE_CHECKING:
+    from rcm.inference.causal_film import Film
 
 Moment = Any
 """A point in time of a `Stopwatch`."""
@@ -176,17 +178,6 @@ def timing_lines(timing: Timing, clock: PartClock) -> list[str]:
     lines.append(f"FPS: {timing.fps:.1f} ({timing.num_frames} frames)")
     lines.append(f"KV cache: {timing.cache_bytes / 2**30:.3f} GiB")
     return [*lines, *peak_lines(clock)]
-
-
-class Film(Protocol):
-    """Of a video, what its report tells."""
-
-    @property
-    def timeline(self) -> Timeline: ...
-    @property
-    def latent_frames(self) -> int: ...
-    @property
-    def target(self) -> OutputFile: ...
 
 
 def write_causal_report(
