@@ -20,7 +20,7 @@ from rcm.nets.denoiser import guided
 from rcm.pipelines.from_checkpoint import LoadedModel, Recipe
 from rcm.pipelines.image_condition import read_image
 from rcm.pipelines.models import Models
-from rcm.pipelines.streaming import generate_video
+from rcm.pipelines.streaming import collected, stream_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.pipelines.wan_pipeline import VideoRequest, WanPipeline
 from rcm.pipelines.wan_sizes import FrameSize
@@ -207,7 +207,7 @@ class CausalSampler:
         if request.image is not None:
             pixels = stretched_image(request.image, self.size).to(models.device)
             prefix = codec.encode(pixels).float()
-        frames, _ = generate_video(
+        chunks = stream_video(
             guided(denoiser, lambda: negative[0], recipe.guidance),
             codec,
             cond,
@@ -217,7 +217,7 @@ class CausalSampler:
             prefix=prefix,
             device=models.device,
         )
-        return frames[0].float().cpu()
+        return collected(chunks)[0][0].float().cpu()
 
 
 def _digests(files: Mapping[str, str | Path]) -> dict[str, str]:

@@ -87,17 +87,6 @@ def stream_video(
     return chunks()
 
 
-def generate_video(
-    denoiser: VelocityModel,
-    codec: LatentCodec,
-    cond: Condition,
-    recipe: SamplingRecipe,
-    **options: Any,
-) -> tuple[Tensor, StreamReport]:
-    """The whole video [B, 3, F, H, W] of `stream_video` and its latency report."""
-    return collected(stream_video(denoiser, codec, cond, recipe, **options))
-
-
 def collected(chunks: Iterable[StreamedChunk]) -> tuple[Tensor, StreamReport]:
     """The pixels of all chunks in a row, and when they came."""
     report, frames = StreamReport(), []

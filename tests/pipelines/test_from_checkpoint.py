@@ -20,7 +20,7 @@ from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
 from rcm.pipelines.first_block import first_latents, read_first_frames
 from rcm.pipelines.from_checkpoint import open_checkpoint
-from rcm.pipelines.streaming import generate_video
+from rcm.pipelines.streaming import collected, stream_video
 from rcm.pipelines.text_to_video import whole_latents
 from rcm.pipelines.video_io import VideoError, write_mp4
 from rcm.pipelines.weight_files import open_weights
@@ -60,13 +60,13 @@ def in_memory(net=None) -> Denoiser:
 
 
 def test_a_path_alone_generates_the_video_of_the_network_in_memory(model, job):
-    expected, _ = generate_video(
-        in_memory(), CODEC, Condition(TEXT.encode(PROMPTS)), STUDENT, shape=SHAPE, generator=torch.Generator().manual_seed(5)
-    )
+    cond, options = Condition(TEXT.encode(PROMPTS)), {"shape": SHAPE, "generator": torch.Generator().manual_seed(5)}
+    expected, _ = collected(stream_video(in_memory(), CODEC, cond, STUDENT, **options))
     for path in (job, job / "checkpoints" / "iter_000000007", job / "checkpoints" / "iter_000000007" / "model"):
         video, report = open_checkpoint(path, weights="reg").generate(PROMPTS, seed=5)
         assert torch.equal(video, expected)
-    assert report.num_frames == 11
+    assert report.num_frames == 11 and len(report.chunk_seconds) == 2
+    assert report.chunk_seconds == sorted(report.chunk_seconds)
     assert not torch.equal(model.generate(PROMPTS, seed=6)[0], expected)
     assert not any(p.requires_grad for p in model.denoiser.net.parameters())
 
@@ -111,7 +111,7 @@ def test_guidance_runs_the_negative_prompt_only_above_one(tmp_path):
     for scale in (2.0, 1.0):
         denoiser = Guided(in_memory(net), negative, scale) if scale > 1 else in_memory(net)
         options = {"shape": (1, *LATENT_SHAPE), "generator": torch.Generator().manual_seed(0)}
-        expected, _ = generate_video(denoiser, CODEC, cond, TEACHER, **options)
+        expected, _ = collected(stream_video(denoiser, CODEC, cond, TEACHER, **options))
         given = None if scale == TEACHER.guidance else scale
         torch.testing.assert_close(model.generate([PROMPT], guidance=given)[0], expected, rtol=0, atol=1e-5)
 

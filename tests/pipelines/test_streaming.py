@@ -12,7 +12,7 @@ from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, count_prefix_blocks
-from rcm.pipelines.streaming import generate_video, stream_latents, stream_video
+from rcm.pipelines.streaming import stream_latents, stream_video
 from tests.support.tiny_checkpoint import CODEC, LATENT_SHAPE, PROMPT, STUDENT, TEACHER, TEXT, world_net
 
 SHAPE = (2, *LATENT_SHAPE)
@@ -79,10 +79,3 @@ def test_report_separates_the_first_chunk_from_the_later_ones():
     for block, seconds in enumerate((2.0, 2.5, 3.5)):
         report.add(StreamedChunk(block, torch.zeros(1, 24, 3, 4, 4), torch.zeros(1, 3, 7, 8, 8), seconds))
     assert (report.first_chunk, report.later_chunks, report.fps) == (2.0, 0.75, 21 / 3.5)
-
-
-def test_generate_video_is_the_concatenated_stream(denoiser, cond):
-    video, report = generate_video(denoiser, CODEC, cond, STUDENT, shape=SHAPE, generator=noise())
-    assert video.shape == (2, 3, 11, 8, 8)
-    assert (report.num_frames, len(report.chunk_seconds)) == (11, 2)
-    assert report.chunk_seconds == sorted(report.chunk_seconds)
