@@ -136,9 +136,8 @@ def test_misfits_are_named_and_change_nothing(codec, tmp_path, how, message):
     assert all(torch.equal(target.vae.state_dict()[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("names", ["original", "diffusers"])
-@pytest.mark.parametrize("file", ["vae.pth", "vae.safetensors"])
-@pytest.mark.parametrize("part", [0.01, 0.5, 0.999])
+@pytest.mark.parametrize(("file", "names"), [("vae.pth", "original"), ("vae.safetensors", "diffusers")])
+@pytest.mark.parametrize("part", [0.01, 0.999])
 def test_truncated_files_change_nothing(codec, tmp_path, file, part, names):
     target = small_codec(seed=8)
     before = state_of(target)

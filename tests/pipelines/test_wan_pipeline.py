@@ -15,7 +15,6 @@ from rcm.core.errors import ConfigError, NonFinite
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
-from rcm.nets.layout import TokenLayout
 from rcm.pipelines.experts import Expert
 from rcm.pipelines.image_condition import fit_image, image_channels
 from rcm.pipelines.part_clock import PartClock
@@ -314,15 +313,3 @@ def test_numbers_of_ranks():
     with pytest.raises(ConfigError, match="choose --nproc_per_node from 1, 2, 3, 4, 6, 12"):
         check_ranks(8, num_heads=12, tokens_per_frame=1560)
     check_ranks(4, num_heads=12, tokens_per_frame=1560)
-
-
-def test_layouts_are_bidirectional():
-    seen = []
-
-    class Watching(Recorder):
-        def velocity(self, x, t, cond, layout, *, cache=None):
-            seen.append(layout)
-            return super().velocity(x, t, cond, layout)
-
-    pipeline((0.0, Watching(0.1))).generate(REQUEST)
-    assert set(seen) == {TokenLayout.bidirectional(3, grid=(2, 3))}
