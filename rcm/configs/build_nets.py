@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rcm.configs.bases import TRAINED, Base, alpha_of, base_of, checkpoint_of, roles_on
 from rcm.configs.network import wan_config
 from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import CommonModelConfig
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError
@@ -138,7 +139,9 @@ class NetBuilder:
         if self.idle is not None and self.host and not frozen:
             self.idle.watch(net)
         elif self.idle is not None:
-            self.idle.add(TRAINED.get(knob, knob.removeprefix("net_")), net)
+            gan = isinstance(self.config, CausalConfig) and self.config.gan.loss_scale > 0
+            role = TRAINED.get(knob, knob.removeprefix("net_"))
+            self.idle.add(role, net, judges=gan and knob == "net_fake_score")
         return net
 
     def _build(self, knob: str, *, frozen: bool, roles: tuple[str, ...] = ()) -> nn.Module:

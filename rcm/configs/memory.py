@@ -34,18 +34,18 @@ def check_memory(config: TrainConfig) -> None:
             "trainer.offload.states=True has no effect with trainer.offload.parameters=True, whose"
             " states are on the host already; choose one of them"
         )
-    gan = model.gan if isinstance(model, CausalConfig) and model.gan.loss_scale > 0 else None
     for key in ("idle_roles", "parameters"):
         if getattr(offload, key) and model.lora.rank:
             raise ConfigError(
                 f"trainer.offload.{key}=True cannot take {M}.lora.rank={model.lora.rank}: roles on"
                 " one base share its weights, which are never idle; choose one of them"
             )
-        if getattr(offload, key) and gan is not None:
-            raise ConfigError(
-                f"trainer.offload.{key}=True cannot take {M}.gan.loss_scale={gan.loss_scale}:"
-                " the student's gradients pass through the fake score; choose one of them"
-            )
+    gan = model.gan if isinstance(model, CausalConfig) else None
+    if offload.parameters and gan is not None and gan.r1 == "exact":
+        raise ConfigError(
+            f"trainer.offload.parameters=True cannot take {M}.gan.r1=exact: FSDP2, which gathers"
+            f" them, gives no gradient that is differentiated again; set {M}.gan.r1=approximate"
+        )
     if not offload.idle_roles:
         return
     if len(networks(model)) == 1:

@@ -41,11 +41,16 @@ class IdleRoles:
 
     def __init__(self) -> None:
         self._roles: dict[str, Waiting] = {}
+        self._judges: set[str] = set()
         self._trained: tuple[str, ...] = ()
 
-    def add(self, role: str, net: nn.Module) -> None:
-        """Take charge of `net`, which has its weights, and let it leave."""
+    def add(self, role: str, net: nn.Module, *, judges: bool = False) -> None:
+        """Take charge of `net`, which has its weights, and let it leave. `judges`: gradients of a
+        pass while another is in training are taken before any other network is called.
+        """
         self._roles[role] = Waiting(net, self._called)
+        if judges:
+            self._judges.add(role)
         self._roles[role].leave()
 
     def watch(self, net: nn.Module) -> None:
@@ -79,7 +84,7 @@ class IdleRoles:
                 waiting.leave()
 
     def _refuse_gradient(self, role: str, net: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if role in self._trained or not torch.is_grad_enabled():
+        if role in self._trained or role in self._judges or not torch.is_grad_enabled():
             return
         through = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         if through or not is_frozen(net):

@@ -76,10 +76,10 @@ REFUSED = {
         r"data=prompts has no latents, which model.config.gan.loss_scale=0.1 shows a discriminator",
         ["data=latents"],
     ),
-    "idle fake score on the host": (
-        [ROW, "trainer.offload.idle_roles=True"],
-        r"trainer.offload.idle_roles=True cannot take model.config.gan.loss_scale=0.1: the student's gradients pass through the fake score",
-        ["trainer.offload.idle_roles=False"],
+    "exact R1 and weights on the host": (
+        [*EXACT, "trainer.offload.parameters=True"],
+        r"trainer.offload.parameters=True cannot take model.config.gan.r1=exact: FSDP2.* differentiated again; set model.config.gan.r1=app",
+        [G + "r1=approximate"],
     ),
     "exact R1 and fused attention": (
         [ROW, G + "r1=exact"],
