@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from loguru import logger
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from rcm.core.errors import CheckpointError, PeerGone
 from rcm.core.files import discard, put_in_place
@@ -37,6 +37,7 @@ from rcm.storage.inside import pointed_at
 from rcm.train.continuity import Settings
 from rcm.train.describe import FILE_NAME, Description, write_atomically
 from rcm.train.export import find_model_directory
+from rcm.train.host_copies import HostCopies
 from rcm.train.resume import Taken
 from rcm.train.snapshot import Part, Positioned, capture, gather_positions, restore
 from rcm.train.state import TrainState
@@ -72,7 +73,7 @@ class Checkpointer:
         self.dims, self.description, self.settings = dims, description, settings
         self.keep_last, self.asynchronous, self.own = keep_last, asynchronous, own or OwnTime()
         self._groups: dict[str, dist.ProcessGroup] = {}
-        self._copies: dict[str, DefaultStager] = {}
+        self._copies: defaultdict[str, HostCopies] = defaultdict(HostCopies)
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -188,18 +189,10 @@ class Checkpointer:
             return dcp.async_save(
                 part,
                 checkpoint_id=str(unfinished / name),
-                async_stager=self._copy(name),
+                async_stager=self._copies[name],
                 process_group=group,
                 no_dist=not dist.is_initialized(),
             )
-
-    def _copy(self, name: str) -> DefaultStager:
-        """What copies a part to host memory. It keeps that memory for the next save: the system
-        takes longer to hand out new pages than the copy does.
-        """
-        if name not in self._copies:
-            self._copies[name] = DefaultStager(StagingOptions(False, False, False, False))
-        return self._copies[name]
 
     def _group(self, name: str) -> dist.ProcessGroup | None:
         """A gloo group of all ranks for background collectives of one kind; made on first use, in

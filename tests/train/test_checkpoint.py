@@ -135,7 +135,7 @@ def test_memory_of_asynchronous_copies_is_taken_once(tmp_path: Path) -> None:
                 p.add_(iteration)
         before.append(everything(trainer.state))
         keeper.save(trainer.state)
-        copies = keeper._copies["model"]._state_dict_stager._cached_storage_mapping
+        copies = keeper._copies["model"].copier._cached_storage_mapping
         places.append(sorted(copy.data_ptr() for copy in copies.values()))
     keeper.wait()
     assert len(places[0]) > 10 and places[0] == places[1]
