@@ -106,6 +106,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
+@pytest.fixture(scope="module")
+def denoiser() -> Any:
+    """The tiny network in float64, as streams have it."""
+    from rcm.core.dtypes import Precision
+    from rcm.nets.denoiser import Denoiser
+    from tests.support.tiny_nets import tiny_net
+
+    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
+
+
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
     """Messages of level WARNING and above, as they come."""

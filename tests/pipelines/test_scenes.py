@@ -10,16 +10,14 @@ import re
 import pytest
 import torch
 
-from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
-from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.scenes import Segment, Timeline, blended, parse_timeline, play, read_timeline
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.recipe import SamplingRecipe
-from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
+from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config
 
 READ = {
     "a cat": [("a cat", 0, False)],
@@ -102,11 +100,6 @@ def test_a_cut_of_the_first_segment_means_nothing():
 
 
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.5,),))
-
-
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
 
 
 def opened(denoiser, cond, policy) -> Session:

@@ -12,10 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import BlockCausal
-from rcm.nets.denoiser import Denoiser
 from rcm.nets.kv_rewrite import rewrite
 from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import at_frames
@@ -28,16 +26,11 @@ from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import ChunkNoise
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.worlds.toy_codec import ToyCodec
-from tests.support.tiny_nets import GRID, HEIGHT, WIDTH, condition, tiny_config, tiny_net
+from tests.support.tiny_nets import GRID, HEIGHT, WIDTH, condition, tiny_config
 
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.8, 0.5), (0.5,)))
 NOISY = replace(RECIPE, noisy_context=True)
 LATENT = (4, HEIGHT, WIDTH)
-
-
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
 
 
 def opened(denoiser, spec: StreamSpec, *, cond=None, codec=None, **options) -> Session:

@@ -23,12 +23,6 @@ from tests.pipelines.test_session import NOISY, latents, opened, spec
 from tests.support.rerun_loop import RerunLoop
 from tests.support.tiny_nets import condition, tiny_config, tiny_net
 
-
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
-
-
 POLICIES = {
     "window": SlidingWindow(3, 1),
     "everything": None,

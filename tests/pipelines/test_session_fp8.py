@@ -4,7 +4,6 @@ restarts, refusals.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -27,6 +26,7 @@ from rcm.rollout.eviction.mem_rope import MemRope
 from rcm.rollout.eviction.rolling_sink import RollingSink
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
+from tests.pipelines.test_session import latents
 from tests.support.rerun_loop import RerunLoop
 from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
 
@@ -40,18 +40,9 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
-
-
 def opened(denoiser, policy: CachePolicy, *, attention: str = "fp8", recipe: SamplingRecipe = RECIPE, cond=None) -> Session:
     spec = StreamSpec(recipe, (4, HEIGHT, WIDTH), batch=2, policy=policy, attention=attention)
     return Session(denoiser, None, condition(tiny_config()) if cond is None else cond, spec)
-
-
-def latents(session: Session, count: int) -> torch.Tensor:
-    return torch.cat([chunk.latents for chunk in itertools.islice(session, count)], dim=2)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

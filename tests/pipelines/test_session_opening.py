@@ -10,21 +10,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.generator_lease import lease
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.recipe import SamplingRecipe
-from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
+from tests.pipelines.test_session import latents
+from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config
 
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.8, 0.5), (0.5,)))
-
-
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
 
 
 def spec(recipe: SamplingRecipe = RECIPE, **options) -> StreamSpec:
@@ -33,10 +28,6 @@ def spec(recipe: SamplingRecipe = RECIPE, **options) -> StreamSpec:
 
 def opened(denoiser: Denoiser, wanted: StreamSpec) -> Session:
     return Session(denoiser, None, condition(tiny_config(), batch=1), wanted)
-
-
-def latents(session: Session) -> torch.Tensor:
-    return torch.cat([chunk.latents for chunk in session], dim=2)
 
 
 def test_sessions_do_not_take_draws_from_each_other(denoiser):

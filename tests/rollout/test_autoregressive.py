@@ -26,11 +26,6 @@ from tests.support.tiny_nets import GRID, HEIGHT, PATTERNS, WIDTH, condition, ti
 MIDS = (0.8, 0.5)
 
 
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64"))
-
-
 def run(denoiser, name, *, mids=(MIDS, MIDS[1:]), commit_last=True, **context):
     frames, recipe = PATTERNS[name], SamplingRecipe("few_step", name, mids=mids, sigma_max=999.0, **context)
     plans, drawn = recipe.plans(frames), {"generator": torch.Generator().manual_seed(5), "dtype": torch.float64, "device": "cpu"}

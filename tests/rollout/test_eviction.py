@@ -60,11 +60,6 @@ ROLES = {"relax paper": (RelaxForcingPaper(2, 2, 1, 6, 0.5, 24), rules.Roles(2, 
 RECACHED = [name for name in POLICIES if name != "toy"]
 
 
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
-
-
 def check(model, policy, rule, recipe=RECIPE, *, blocks=BLOCKS, batch=2, ntk=1.0) -> None:
     """Run a session, then the oracle on the same noise, and compare."""
     cond = condition(tiny_config(), batch=batch)

@@ -4,7 +4,6 @@ snapshots, prompts, sharded heads.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec
-from rcm.nets.denoiser import Denoiser
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
 from rcm.pipelines.session import Session, StreamSpec
@@ -31,7 +28,8 @@ from rcm.rollout.eviction.relax_forcing_paper import RelaxForcingPaper
 from rcm.rollout.eviction.rolling_sink import RollingSink
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
-from tests.support.tiny_nets import GRID, HEIGHT, WIDTH, condition, tiny_config, tiny_net
+from tests.pipelines.test_session import latents
+from tests.support.tiny_nets import GRID, HEIGHT, WIDTH, condition, tiny_config
 
 S = GRID[0] * GRID[1]
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.5,),))
@@ -227,18 +225,9 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
-
-
 def opened(denoiser, policy, *, cond=None, **options) -> Session:
     spec = StreamSpec(RECIPE, LATENT, batch=2, policy=policy, **options)
     return Session(denoiser, None, condition(tiny_config()) if cond is None else cond, spec)
-
-
-def latents(session: Session, count: int) -> torch.Tensor:
-    return torch.cat([chunk.latents for chunk in itertools.islice(session, count)], dim=2)
 
 
 QVG = KVCodecSpec(SideSpec("int2", smoothing="qvg", group_size=16), SideSpec("int4"), qvg_clusters=3)
