@@ -18,14 +18,7 @@ from rcm.inference.outcome import command
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.mesh import process_group
 from rcm.parallel.ulysses import shard_sequence
-from scripts.bench_measure import (
-    bench_flags,
-    chosen_parts,
-    machine,
-    relative,
-    require_card,
-    write,
-)
+from scripts.bench_measure import bench_flags, chosen_parts, machine, relative, require_card, write
 from scripts.bench_stream_runs import RECIPES, build, opened, steady
 
 

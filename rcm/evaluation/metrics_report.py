@@ -14,11 +14,7 @@ _SHOWN = ("motion", "flicker", "jump", "detail", "noise", "cut", "consistency")
 
 
 def write_metrics_page(
-    folder: Path,
-    scores: Mapping[str, ClipScores],
-    *,
-    title: str,
-    machine: Mapping[str, Any],
+    folder: Path, scores: Mapping[str, ClipScores], *, title: str, machine: Mapping[str, Any]
 ) -> Path:
     """`report.html` beside the videos of `scores`: means, worst clips and their curves."""
     means = mean_scores(list(scores.values()))

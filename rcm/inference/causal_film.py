@@ -150,12 +150,7 @@ def _timelines(flags: argparse.Namespace) -> tuple[Timeline, ...]:
 
 
 def film_of(
-    flags: argparse.Namespace,
-    timeline: Timeline,
-    pattern: BlockPattern,
-    *,
-    number: int,
-    count: int,
+    flags: argparse.Namespace, timeline: Timeline, pattern: BlockPattern, *, number: int, count: int
 ) -> Film:
     """The video `number` of `count`. `ConfigError` for a length that cannot be."""
     if timeline.is_timed:

@@ -38,13 +38,7 @@ from rcm.pipelines.experts import Expert
 from rcm.pipelines.models import ImageEncoder
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident, move_codec
-from rcm.pipelines.wan_files import (
-    config_of,
-    load_wan,
-    network_weights,
-    random_wan,
-    require_fit,
-)
+from rcm.pipelines.wan_files import config_of, load_wan, network_weights, random_wan, require_fit
 from rcm.pipelines.wan_pipeline import WanPipeline
 from rcm.pipelines.wan_ranks import check_ranks, num_ranks, share_tokens
 from rcm.pipelines.wan_sizes import FrameSize

@@ -174,11 +174,7 @@ def new_lane(
     if codec is None:
         return None
     return DecodeLane(
-        codec,
-        device=device,
-        own_stream=spec.look_ahead,
-        graphs=spec.graphs,
-        to_host=spec.to_host,
+        codec, device=device, own_stream=spec.look_ahead, graphs=spec.graphs, to_host=spec.to_host
     )
 
 

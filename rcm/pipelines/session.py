@@ -29,13 +29,7 @@ from rcm.pipelines.one_thread import no_gradients, one_thread
 from rcm.pipelines.snapshot import maker, require_alike
 from rcm.pipelines.steering import Change, Pending, Steering, require_fitting
 from rcm.pipelines.stream_ranks import Meeting
-from rcm.pipelines.stream_spec import (
-    Receipt,
-    StreamedChunk,
-    StreamSpec,
-    SwitchMode,
-    SwitchRefused,
-)
+from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode, SwitchRefused
 from rcm.rollout.autoregressive import Canvas, ChunkLoop
 from rcm.rollout.recipe import SamplingRecipe
 

@@ -10,16 +10,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.data.latents import LatentShards
-from rcm.data.shard_writer import (
-    MANIFEST,
-    ShardSample,
-    ShardSpan,
-    build_shards,
-    read_manifest,
-    shard_name,
-    write_shard,
-    write_span,
-)
+from rcm.data.shard_writer import MANIFEST, ShardSample, ShardSpan, build_shards, read_manifest, shard_name, write_shard, write_span
 from rcm.data.tar_index import ShardError
 
 

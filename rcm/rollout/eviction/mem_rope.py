@@ -18,12 +18,7 @@ from rcm.nets.kv_rewrite import region, rewrite, split
 from rcm.nets.kv_store import Pair
 from rcm.nets.positions import at_frames
 from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
-from rcm.rollout.eviction.frames import (
-    cached_frames,
-    frame_tokens,
-    place_in_a_row,
-    within_frames,
-)
+from rcm.rollout.eviction.frames import cached_frames, frame_tokens, place_in_a_row, within_frames
 
 MEMORY_FRAMES = 2
 
