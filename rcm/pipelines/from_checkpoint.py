@@ -200,6 +200,7 @@ class LoadedModel:
         if isinstance(chosen, WholeVideoRecipe):
             whole = replace(chosen, guidance=scale)
             return self._whole(cond, negative, whole, shape=shape, generator=generator)
+        chosen = replace(chosen, guidance=scale)
         chosen.plans(frames)  # raises for times that do not decrease from the first one
         model = guided(self.denoiser, lambda: self.negative, scale)
         options: dict[str, Any] = {"shape": shape, "generator": generator, "device": self.device}

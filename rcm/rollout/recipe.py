@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.guidance import is_guided
 from rcm.diffusion.time import check_shift
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -52,6 +53,11 @@ class SamplingRecipe(Record):
         check_shift(self.shift)
         BlockPattern.parse(self.pattern)
         StepSchedule(self.mids)
+        if self.kind == "flow_map" and is_guided(self.guidance):
+            raise ConfigError(
+                f"guidance={self.guidance:g} (--guidance_scale) would combine two passes; jumps"
+                " have the guidance of the teacher that they were learned from, leave it at 1"
+            )
         if self.window is not None:
             SlidingWindow(self.window, self.sinks)
         elif self.sinks:

@@ -4,6 +4,8 @@ describes them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,6 +82,8 @@ def test_the_recipe_keeps_its_kind_and_is_read_back():
     assert isinstance(recipe.rule, FlowMapStep) and not recipe.rule.needs_noise
     assert recipe.with_steps(2).kind == "flow_map" and recipe.with_steps(2).plan(1).num_steps == 2
     assert SamplingRecipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(ConfigError, match=r"guidance=3 \(--guidance_scale\) would combine two passes; .* leave it at 1"):
+        replace(recipe, guidance=3.0)
     with pytest.raises(ConfigError, match="kind: the checkpoint was trained for 'flow_map'"):
         SamplingRecipe("few_step", "c3-3").require_compatible(recipe)
     with pytest.raises(ConfigError, match="'flow-map' is not one of 'few_step', 'flow_map', 'ode'"):
