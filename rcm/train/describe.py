@@ -162,10 +162,12 @@ class Description:
         for role in sorted(mine["bases"].keys() & found["bases"].keys()):
             here, there = mine["bases"][role], found["bases"][role]
             if here["digest"] != there["digest"]:
+                mend = "give it the weights that they belong to"
+                if here["dtype"] != there["dtype"]:
+                    mend = f"set model.config.precision={there['dtype']}"
                 raise CheckpointError(
                     f"{source} holds adapters of the {role} on the weights of {_base(there)}, this"
-                    f" run's are those of {_base(here)}; give it the weights that they belong to,"
-                    f" {anew}"
+                    f" run's are those of {_base(here)}; {mend}, {anew}"
                 )
 
 

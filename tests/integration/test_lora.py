@@ -118,6 +118,7 @@ REFUSED = {
     "rank": ([M + "lora.rank=3"], "holds other low-rank adapters (rank: 2 there, 3 here, alpha: 2.0 there, 3.0 here); set model"),
     "layers": ([LORA, M + "lora.targets=[q]"], "holds other low-rank adapters (layers: ["),
     "all weights": ([], "holds low-rank adapters of rank 2, this run trains all weights; set model.config.lora.rank=2, or start from it"),
+    "another precision": ([LORA, "precision=bf16"], "(bfloat16, digest", "; set model.config.precision=float32, or start from it"),
     "another base": ([LORA, M + "student_ckpt=OTHER"], "holds adapters of the student on the weights of"),
 }
 
@@ -127,12 +128,12 @@ def test_what_does_not_continue_is_refused(tmp_path: Path, start: Path, capfd: p
     job, other = tmp_path / "job", write_network(tmp_path / "other.safetensors", seed=4)
     assert launch(*self_forced(job, start, LORA, iterations=2)) == 0
     before = everything(job)
-    for case, (words, told) in REFUSED.items():
+    for case, (words, *told) in REFUSED.items():
         capfd.readouterr()
         more = [word.replace("OTHER", str(other)) for word in words]
         assert launch(*self_forced(job, start, *more)) != 0, case
         error = capfd.readouterr().err
-        assert told in error and "Traceback" not in error, case
+        assert all(part in error for part in told) and "Traceback" not in error, case
         if case == "another base":
             assert str(start) in error and str(other) in error
     assert same(everything(job), before)
