@@ -22,6 +22,7 @@ from rcm.nets.wan.lora import LAYOUTS, peft_settings, published
 from rcm.pipelines.adapted_weights import AdaptedWeights
 from rcm.pipelines.weight_writer import check_free
 from rcm.storage.safetensors_file import write_safetensors
+from rcm.storage.state_dicts import in_dtype
 from rcm.train.describe import FILE_NAME, Description, replacing_described
 
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -69,7 +70,7 @@ def save_adapters(
         base=network.told["path"],
     )
     factors = {
-        layer: (down.to(dtype or down.dtype), up.to(dtype or up.dtype))
+        layer: (in_dtype(layer, down, dtype), in_dtype(layer, up, dtype))
         for layer, (down, up) in network.factors().items()
     }
     tensors = published(factors, layout=layout, alpha=said["alpha"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile, is_file_of
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
@@ -27,7 +27,7 @@ from rcm.nets.wan.published_config import published_settings
 from rcm.storage.dcp_folder import reason_of
 from rcm.storage.pickle_file import write_pickle
 from rcm.storage.safetensors_file import write_safetensors
-from rcm.storage.state_dicts import LazyWeights, listed
+from rcm.storage.state_dicts import LazyWeights, in_dtype, listed
 from rcm.storage.weight_files import INDEX
 from rcm.train.describe import FILE_NAME, Description, replacing_described
 
@@ -49,24 +49,12 @@ class OtherForm(LazyWeights):
         }
 
     def __getitem__(self, key: str) -> Tensor:
-        stored = self.network[self.names[key]]
-        converted = self._as(self.names[key], stored)
-        if (
-            converted.dtype is torch.float16
-            and not bool(converted.isfinite().all())
-            and bool(stored.isfinite().all())
-        ):
-            raise CheckpointError(
-                f"{key} has values up to {stored.abs().max():.3g}, beyond float16's 65504; convert"
-                " with --dtype bf16 or fp32"
-            )
-        return converted
+        return self._as(self.names[key], self.network[self.names[key]])
 
     def _as(self, name: str, tensor: Tensor) -> Tensor:
         # a merged update comes in float32, whatever the dtype that the network keeps
-        return other_form(name, tensor, form=self.form, patch=self.patch).to(
-            self.dtype or self.network.headers[name].dtype
-        )
+        dtype = self.dtype or self.network.headers[name].dtype
+        return in_dtype(name, other_form(name, tensor, form=self.form, patch=self.patch), dtype)
 
 
 def save_network(

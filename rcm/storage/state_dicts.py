@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError
@@ -33,6 +34,24 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {len(self)} tensors"
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` (or a header) in `dtype` (None: its own); `CheckpointError` naming it for values
+    that are finite and beyond what float16 holds.
+    """
+    found = tensor.to(dtype or tensor.dtype)
+    if (
+        found.dtype is torch.float16
+        and not found.is_meta
+        and not bool(found.isfinite().all())
+        and bool(tensor.isfinite().all())
+    ):
+        raise CheckpointError(
+            f"{name} has values up to {tensor.abs().max():.3g}, beyond float16's 65504; convert"
+            " with --dtype bf16 or fp32"
+        )
+    return found
 
 
 def headers_of(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -19,6 +19,7 @@ from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.inside import pointed_at
 from rcm.storage.pickle_file import write_pickle
 from rcm.storage.safetensors_file import write_safetensors
+from rcm.storage.state_dicts import in_dtype
 from rcm.train.describe import FILE_NAME, Description, replacing_described
 
 PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
@@ -85,10 +86,7 @@ def read_weights(
             f"{directory} holds no {prefix}* weights (it has {', '.join(present)}); choose other"
             f" weights than {weights!r}"
         )
-    return {
-        WRAPPERS.sub("", k.removeprefix(prefix)): folder[k].to(dtype) if dtype else folder[k]
-        for k in keys
-    }
+    return {WRAPPERS.sub("", k.removeprefix(prefix)): in_dtype(k, folder[k], dtype) for k in keys}
 
 
 def export(

@@ -50,6 +50,14 @@ def test_selected_weights_arrive_exactly(trained: tuple[Path, TrainState], weigh
         assert not torch.equal(found["head.head.weight"], state.roles["student"].net.head.head.weight)
 
 
+def test_values_beyond_float16_are_not_made_infinite(tmp_path: Path) -> None:
+    dcp.save({"net.a": torch.tensor([1e5, -2.0])}, checkpoint_id=str(tmp_path / "model"), no_dist=True)
+    assert read_weights(tmp_path, weights="reg", dtype=torch.bfloat16)["a"].isfinite().all()
+    with pytest.raises(CheckpointError, match=r"net\.a has values up to 1e\+05, beyond float16's 65504; convert with --dtype"):
+        export(tmp_path, tmp_path / "a.pt", weights="reg", dtype=torch.float16)
+    assert not (tmp_path / "a.pt").exists()
+
+
 def test_safetensors_carry_the_description(trained: tuple[Path, TrainState], tmp_path: Path) -> None:
     job, state = trained
     target = export(job, tmp_path / "deep" / "student.safetensors", dtype=torch.float32)
