@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from rcm.core.errors import ConfigError, PeerGone, require_divisible, require_equal
 from rcm.parallel.agree import naming_lost_peers
 from rcm.parallel.launch import Launch, launch_number, stated_launch
+from rcm.parallel.threads import end_threads_at_exit
 
 SHARD_KNOB = "model.config.fsdp_shard_size"
 CP_KNOB = "model_parallel.context_parallel_size"
@@ -200,6 +201,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         yield device
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    end_threads_at_exit()
     try:
         if launch.launched:
             _meet(backend, launch, None if device.type == "cpu" else device)

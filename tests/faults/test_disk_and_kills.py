@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from rcm.train.checkpoint import Checkpointer
 from tests.faults.case import Fault, count
 from tests.integration.entry import everything, launch, lines, same, small
 from tests.support.dist import run_until_death
-from tests.support.processes import begin
+from tests.support.processes import begin, free_port
 
 TF = "experiment=toy_tf_c3-3"
 SAVES = "checkpoint.save_iter=1"
@@ -154,10 +153,7 @@ def test_killed_in_a_save(tmp_path: Path, whole: Path, request: pytest.FixtureRe
 
 def start(job: Path, *words: str, ranks: int) -> list[subprocess.Popen]:
     """One process per rank, as a launcher starts them, each with its own pipes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, "-m", "scripts.train", TF, *small(job, iterations=100_000), SAVES, "checkpoint.keep_last=3", *words]
     places = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
     return [begin(command, environment=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for place in places]

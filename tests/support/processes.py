@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def begin(command: list[Any], *, environment: dict[str, str] | None = None, **pi
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     _begun.append(subprocess.Popen(command, cwd=ROOT, env=variables, text=True, start_new_session=True, **pipes))
     return _begun[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def end_all() -> None:
