@@ -310,7 +310,8 @@ def _in_thread(compile_: Callable[[], None], what: str) -> None:
         except Exception as error:
             logger.warning("compiling {} ahead of time failed: {}", what, error)
 
-    threading.Thread(target=run, name=f"compile {what}", daemon=True).start()
+    # no daemon: one that comes back out of torch while the interpreter ends aborts the process
+    threading.Thread(target=run, name=f"compile {what}").start()
 
 
 class _RandomImages:
