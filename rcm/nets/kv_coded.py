@@ -223,7 +223,8 @@ class CodedStore:
             held.clear()
         self.codec.reset()  # warm starts of the last video
         if free_buffers:
-            self._scratch, self._forms = None, {}
+            self.codec, self._scratch, self._forms = self.codec.fork(), None, {}
+            self._scratches += 1  # another generation: the centres will lie elsewhere
 
     def num_bytes(self) -> int:
         """Bytes held: codes, hot chunks, the scratch buffer and what the codec remembers."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import threading
 from dataclasses import replace
 
 import pytest
@@ -270,37 +269,6 @@ def test_streams_without_end_are_bounded(denoiser, monkeypatch):
 def test_the_last_chunk_ends_it(denoiser):
     session = opened(denoiser, spec(num_frames=2))
     assert [session.step() is None for _ in range(4)] == [False, False, True, True] and session.ended
-
-
-def test_cancelling_at_every_pass(denoiser):
-    """A stream cancelled before any of its passes, context passes among them, stops there; what it
-    held is free.
-    """
-    for passes in range(3 + 1 + 2 + 1 + 2):
-        session = opened(denoiser, spec(num_frames=3))
-        seen = itertools.count()
-
-        def counting(*_, session=session, seen=seen, passes=passes):
-            if next(seen) == passes:
-                session.cancel()
-
-        hook = denoiser.net.register_forward_pre_hook(counting)
-        with pytest.raises(StreamCancelled):
-            latents(session)
-        hook.remove()
-        session.close()
-        assert session.num_bytes() == 0
-        with pytest.raises(StreamCancelled, match="open another"):
-            session.step()
-
-
-def test_cancel_from_another_thread(denoiser):
-    session = opened(denoiser, spec(policy=SlidingWindow(2)))
-    timer = threading.Timer(0.3, session.cancel)
-    timer.start()
-    with pytest.raises(StreamCancelled):
-        latents(session, 100_000)
-    timer.join()
 
 
 def test_a_closed_session_with_a_decoder_holds_nothing_and_may_be_closed_again(denoiser):

@@ -102,6 +102,9 @@ def test_a_stream_cancelled_at_any_pass_goes_on_elsewhere_from_its_snapshot(deno
         except StreamCancelled:
             whole = False
         session.close()
+        assert session.num_bytes() == 0
+        with pytest.raises(StreamCancelled, match="open another"):
+            session.step()
         with opened(denoiser, **options) as fresh:
             fresh.restore(state)
             assert torch.equal(chunks(fresh, 2), expected)
