@@ -1,5 +1,5 @@
-"""umT5 as loaded here against transformers filled by its own loader, and against the T5 formulas
-written out in float64.
+"""umT5 as loaded here against the T5 formulas written out in float64, and against transformers
+filled by its own loader in bfloat16.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -75,24 +74,6 @@ def test_rows_equal_the_formulas_in_float64(tmp_path: Path) -> None:
     assert len(ids_of(encoder, LONG)) > 140
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("ffn.gate.0", "ffn.fc1"), ("attn.q", "attn.v"), ("attn.q", "attn.k"), ("norm1", "norm2")],
-    ids=["gate-fc1", "q-v", "q-k", "norms"],
-)
-def test_the_formulas_notice_swapped_tensors(tmp_path: Path, one: str, other: str) -> None:
-    """Shapes cannot tell these pairs apart: only the numbers can."""
-    state = random_umt5()
-    swapped = dict(state)
-    for i in range(TINY.layers):
-        a, b = f"blocks.{i}.{one}.weight", f"blocks.{i}.{other}.weight"
-        swapped[a], swapped[b] = state[b], state[a]
-    encoder = encoder_of(save_umt5(tmp_path, state=swapped))
-    ids = ids_of(encoder, PROMPTS[0])
-    difference = encoder.encode(PROMPTS[:1])[0, : len(ids)].double() - oracle(state, ids, heads=TINY.heads)
-    assert difference.abs().max() > 1e-2
-
-
 def peer(tmp_path: Path) -> tuple[UMT5EncoderModel, Path]:
     """transformers' encoder with its own random weights, saved and loaded by its own means."""
     torch.manual_seed(3)
@@ -106,24 +87,6 @@ def peer(tmp_path: Path) -> tuple[UMT5EncoderModel, Path]:
     folder = tmp_path / "text_encoder"
     net.save_pretrained(folder)
     return UMT5EncoderModel.from_pretrained(folder).eval(), folder
-
-
-@torch.no_grad()
-def test_rows_equal_transformers_from_its_own_files(tmp_path: Path) -> None:
-    net, folder = peer(tmp_path)
-    save_tokenizer(tmp_path / "tokenizer")
-    state = net.state_dict()
-    renamed = {row.ours: state[row.theirs[0]] for row in TINY.rows()}
-    torch.save(renamed, tmp_path / "original.pth")
-    theirs_named = encoder_of(folder)
-    original = encoder_of(tmp_path / "original.pth")
-    out = theirs_named.encode(PROMPTS)
-    assert torch.equal(out, original.encode(PROMPTS))
-    ids = [ids_of(original, prompt) for prompt in PROMPTS]
-    padded = torch.tensor([row + [0] * (TEXT_LEN - len(row)) for row in ids])
-    mask = torch.tensor([[1] * len(row) + [0] * (TEXT_LEN - len(row)) for row in ids])
-    expected = net(input_ids=padded, attention_mask=mask).last_hidden_state * mask[..., None]
-    assert (out - expected).abs().max() <= 1e-5
 
 
 @torch.no_grad()

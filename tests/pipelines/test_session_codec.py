@@ -61,9 +61,15 @@ def denoiser() -> Denoiser:
     return Denoiser(tiny_net(dtype=torch.float32), Precision.preset("fp32")).eval_params()
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
-@pytest.mark.parametrize("policy", [SlidingWindow(3, 1), InfinityRope(blocks=3, sinks=1, horizon=8)], ids=["window", "relative"])
-@pytest.mark.parametrize(("dtype", "options"), [("fp8", {}), ("int8", {}), ("int4", {}), ("int2", {"smoothing": "qvg"})], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options", "policy", "recipe"),
+    [
+        ("fp8", {}, SlidingWindow(3, 1), RECIPE),
+        ("int8", {}, InfinityRope(blocks=3, sinks=1, horizon=8), RECIPE),
+        ("int4", {}, InfinityRope(blocks=3, sinks=1, horizon=8), NOISY),
+        ("int2", {"smoothing": "qvg"}, SlidingWindow(3, 1), NOISY),
+    ],
+)
 def test_streams_attend_to_what_the_codec_restores(denoiser, dtype, options, policy, recipe):
     """Of chunks that stay plain while they are the newest; test_stream_pairs.py has the others."""
     model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9, dtype=torch.float32), 2.0)
