@@ -14,20 +14,7 @@ WORLD = ToyWorldConfig()
 """17 frames of 8x8 pixels: one of three shapes in one of four colours, moving in one of four
 directions on a torus.
 """
-DATA = [
-    "--source",
-    "toy",
-    "--size",
-    "8x8",
-    "--frames",
-    "17",
-    "--num",
-    "2048",
-    "--shard-size",
-    "512",
-    "--seed",
-    "0",
-]
+DATA = ["--source=toy", "--size=8x8", "--frames=17", "--num=2048", "--shard-size=512", "--seed=0"]
 """Arguments of scripts.build_dataset."""
 
 ABOUT = {
