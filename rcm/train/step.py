@@ -131,7 +131,9 @@ def run_step(
 def _rolled(state: TrainState, phase: Phase, config: StepConfig) -> list[nn.Module]:
     """The student, if it makes a video in this phase and is small enough to stay gathered."""
     net = state.roles[STUDENT].net
-    small = sum(p.numel() for p in net.parameters()) <= config.keep_gathered
+    # of all modules: what is gathered with adapters is their base
+    held = (p for module in net.modules() for p in module._parameters.values() if p is not None)
+    small = sum(p.numel() for p in held) <= config.keep_gathered
     return [net] if phase.rollout and small else []
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.rng import StepRng
 from rcm.losses.term import LossTerm
+from rcm.methods.base import Phase
 from rcm.nets.lora import AdaptedNet, attach, initial_factors
 from rcm.parallel.init import load_full
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.state import TrainState
-from rcm.train.step import StepConfig, StepReport, run_step
+from rcm.train.step import StepConfig, StepReport, _rolled, run_step
 from tests.support.toy_method import ToyMethod, make_loader, make_net, make_run
 
 ONE = ParallelDims()
@@ -43,6 +44,19 @@ def snapshot(state: TrainState) -> dict[str, Tensor]:
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {key.split(".")[0] for key in after if key not in before or not torch.equal(before[key], after[key])}
+
+
+def test_what_stays_gathered_is_as_large_as_the_whole_network() -> None:
+    """Of a student of adapters the base is gathered, so the base counts."""
+    net = make_net(seed=0)
+    base = sum(p.numel() for p in net.parameters())
+    attach(net, ["ffn.0"], roles=("student",), rank=1, alpha=1.0)
+    role = AdaptedNet(net, "student")
+    load_full(role, initial_factors(role, seed=0))
+    state = TrainState.create({"student": role}, optim={"student": AdamWConfig()}, schedule=LambdaLinear(), ema=None)
+    phase, whole = Phase("student", 0, 0, rollout=True), base + sum(p.numel() for p in role.parameters())
+    assert [_rolled(state, phase, StepConfig(keep_gathered=most)) for most in (base, whole)] == [[], [role]]
+    assert _rolled(state, Phase("student", 0, 0), StepConfig(keep_gathered=whole)) == []
 
 
 def test_only_the_role_of_the_phase_moves_and_counts() -> None:
