@@ -11,7 +11,6 @@ taehv, taehv_net        the codec of the tiny decoder, for previews
 text_protocol           what is asked of a text encoder
 umt5                    Wan's: prompts cleaned (`prompt_cleaning`), cut into tokens
                         (`umt5_tokenizer`), looked up (`text_cache`) or encoded (`umt5_weights`)
-random_text             one that has nothing to load
 clip_vision             image features of Wan2.1 image-to-video
 published, lazy_module  networks that transformers runs from files with names of their own,
                         read when they are first needed; `text_extra` imports transformers

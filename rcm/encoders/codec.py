@@ -80,7 +80,9 @@ class StridedSizes:
         return latent_frames(num_frames, stride=self.temporal_stride)
 
     def frames_for(self, num_latent_frames: int) -> int:
-        return pixel_frames(num_latent_frames, stride=self.temporal_stride)
+        if num_latent_frames < 1:
+            raise ConfigError(f"a video has at least one latent frame, got {num_latent_frames}")
+        return 1 + (num_latent_frames - 1) * self.temporal_stride
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         return latent_grid(height, width, stride=self.spatial_stride)
@@ -95,13 +97,6 @@ def latent_frames(num_frames: int, *, stride: int) -> int:
             f" then groups of {stride}); choose num_frames={below} or {below + stride}"
         )
     return 1 + (num_frames - 1) // stride
-
-
-def pixel_frames(num_latent_frames: int, *, stride: int) -> int:
-    """F = 1 + (T - 1) * stride; `ConfigError` for T < 1."""
-    if num_latent_frames < 1:
-        raise ConfigError(f"a video has at least one latent frame, got {num_latent_frames}")
-    return 1 + (num_latent_frames - 1) * stride
 
 
 def latent_grid(height: int, width: int, *, stride: int) -> tuple[int, int]:

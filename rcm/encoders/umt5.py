@@ -18,9 +18,9 @@ from loguru import logger
 from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError, NonFinite
+from rcm.core.rng import generator, randn
 from rcm.encoders.lazy_module import LazyModule
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT, clean_prompt
-from rcm.encoders.random_text import RandomRows
 from rcm.encoders.text_cache import EmbeddingCache, PromptRows
 from rcm.encoders.umt5_tokenizer import UMT5Tokenizer, find_tokenizer, open_tokenizer
 from rcm.encoders.umt5_weights import UMT5_FILE, UMT5Shape, load_umt5, open_umt5, require_dtype
@@ -228,3 +228,27 @@ class UMT5TextEncoder(LazyModule):
                 f" {quoted!r}"
             )
         return found
+
+
+class RandomRows:
+    """Nothing to load, for speed tests of all behind it: normal rows that depend on (seed, prompt)
+    only, one per word, one for the end.
+    """
+
+    def __init__(self, *, text_len: int, text_dim: int, seed: int, dtype: torch.dtype) -> None:
+        self.text_dim = text_dim
+        self._text_len, self._seed, self._dtype = text_len, seed, dtype
+
+    def build(self, device: torch.device) -> nn.Module:
+        return nn.Identity()
+
+    def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
+        """Rows [words + 1, text_dim], at most text_len of them, the same on every device."""
+        words = cleaned.split()
+        length = min(len(words) + 1, self._text_len)
+        stream = generator(seed=self._seed, step=0, dp_rank=0, purpose=f"text of {cleaned}")
+        rows = randn((length, self.text_dim), generator=stream, dtype=self._dtype, device=device)
+        return PromptRows(rows, " ".join(words[self._text_len - 1 :]))
+
+    def describe(self) -> dict[str, str]:
+        return {"name": "random", "seed": str(self._seed)}

@@ -53,7 +53,8 @@ def freeze(source: Tensor, strength: int) -> Tensor:
 
 def flicker(source: Tensor, strength: int) -> Tensor:
     """Brightness of every frame changed by up to 2, 5 or 10 percent, at random."""
-    gain = 1 + (0.02, 0.05, 0.1)[strength] * (2 * _random("flicker", strength, CLIP_FRAMES) - 1)
+    draw = torch.Generator().manual_seed(_seed("flicker", strength))
+    gain = 1 + (0.02, 0.05, 0.1)[strength] * (2 * torch.rand(CLIP_FRAMES, generator=draw) - 1)
     return (untouched(source) * gain[:, None, None, None]).clamp(0, 1)
 
 
@@ -117,7 +118,3 @@ DEGRADATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 def _seed(kind: str, strength: int) -> int:
     return zlib.crc32(f"{kind} {strength}".encode())
-
-
-def _random(kind: str, strength: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(_seed(kind, strength)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -312,12 +312,10 @@ def open_checkpoint(
     policy = precision_of(precision, extra.get("precision"))
     text = text_of(extra.get("text"), path, files=files, device=device)
     where, clock = torch.device(device), PartClock(device)
-
-    def open_codec() -> LatentCodec:
-        described, dtype = extra.get("codec"), _codec_dtype(policy)
-        return codec_of(described, path, files=files, device=device, dtype=dtype)
-
-    codec = Resident(open_codec, move=move_codec, device=where, clock=clock)
+    # the codec is as precise as the network
+    dtype = torch.bfloat16 if policy.compute.itemsize == 2 else torch.float32
+    opened = partial(codec_of, extra.get("codec"), path, files=files, device=device, dtype=dtype)
+    codec = Resident(opened, move=move_codec, device=where, clock=clock)
     recipe, sampler = recipes_of(extra, path)
     shape = latent_shape_of(
         extra.get("latent_shape"), config, codec=codec.use(), text=text, path=path
@@ -363,11 +361,6 @@ def _fitting(path: Path, weights: str, config: WanConfig) -> LazyWeights:
         )
     require_fit(network, config, source=f"{path} ({weights})")
     return network
-
-
-def _codec_dtype(policy: Precision) -> torch.dtype:
-    """The codec is as precise as the network."""
-    return torch.bfloat16 if policy.compute.itemsize == 2 else torch.float32
 
 
 def _listed(prompts: Sequence[str]) -> list[str]:

@@ -20,12 +20,10 @@ from torch import Tensor
 from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
-from rcm.pipelines.course import Course
+from rcm.pipelines.course import Course, lease, no_gradients, one_thread
 from rcm.pipelines.decode_lane import DecodeLane, new_lane
 from rcm.pipelines.engine import new_loop
 from rcm.pipelines.finite import FiniteGuard, Reading, require_finite_weights
-from rcm.pipelines.generator_lease import lease
-from rcm.pipelines.one_thread import no_gradients, one_thread
 from rcm.pipelines.snapshot import maker, require_alike
 from rcm.pipelines.steering import Change, Pending, Steering, require_fitting
 from rcm.pipelines.stream_ranks import Meeting

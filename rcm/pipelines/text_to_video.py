@@ -50,7 +50,7 @@ class WholeVideoRecipe(Record):
         if self.solver is not None and self.solver not in SOLVERS[self.kind]:
             raise ConfigError(
                 f"solver {self.solver!r} does not walk the grid of {self.kind!r} sampling; choose"
-                f" {_either(self.kind)}"
+                f" {' or '.join(map(repr, SOLVERS[self.kind]))}"
             )
         self.sampler()
 
@@ -128,7 +128,3 @@ def whole_latents(
     noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
     noise = noise.to(device, torch.float64)
     return walk(denoiser, cond, recipe, noise, generator=generator).float()
-
-
-def _either(kind: str) -> str:
-    return " or ".join(repr(name) for name in SOLVERS[kind])

@@ -44,10 +44,6 @@ def _rotate(parts: tuple[Tensor, ...], rows: list[list[float]]) -> list[Tensor]:
     return out
 
 
-def _transposed(rows: list[list[float]]) -> list[list[float]]:
-    return [list(column) for column in zip(*rows, strict=True)]
-
-
 @dataclass(frozen=True)
 class ToyCodec(Record, StridedSizes):
     """A `LatentCodec` of temporal_stride * spatial_stride**2 * 3 channels.
@@ -97,7 +93,7 @@ class ToyCodec(Record, StridedSizes):
             )
         parts = [p / g for p, g in zip(latents.split(3, dim=1), self._gains(), strict=True)]
         for dim, stride in reversed(self._axes()):
-            rows = _transposed(cosine_basis(stride))
+            rows = [list(column) for column in zip(*cosine_basis(stride), strict=True)]
             parts = [
                 _interleave(_rotate(tuple(parts[i : i + stride]), rows), dim)
                 for i in range(0, len(parts), stride)

@@ -10,7 +10,7 @@ import torch
 
 from rcm.core.dtypes import Precision
 from rcm.nets.denoiser import Denoiser
-from rcm.pipelines import engine, generator_lease
+from rcm.pipelines import course, engine
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.autoregressive import ChunkLoop
@@ -77,4 +77,4 @@ def test_a_thousand_sessions_leave_nothing(monkeypatch):
     monkeypatch.undo()
     after = held()
     assert after[0] <= tensors and after[1] <= objects + 200 and after[2] <= resident + 4, (after, tensors, objects, resident)
-    assert not generator_lease._held
+    assert not course._held

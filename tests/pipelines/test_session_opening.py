@@ -12,7 +12,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.nets.denoiser import Denoiser
-from rcm.pipelines.generator_lease import lease
+from rcm.pipelines.course import lease
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.recipe import SamplingRecipe
