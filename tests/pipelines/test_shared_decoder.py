@@ -19,7 +19,7 @@ from rcm.encoders.wan_vae_stages import StagedCodec, boundary_before, stages_of
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel import links
 from rcm.parallel.ulysses import shard_sequence
-from rcm.pipelines import shared_decoder
+from rcm.pipelines import decode_lane
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -155,9 +155,9 @@ def test_every_rank_keeps_what_it_has_where_one_cannot_take_a_stage(monkeypatch,
         found[:] = [own, "cpu"] if wrong == "tiles" else ["cpu", None]
 
     world = SimpleNamespace(get_world_size=lambda: 2, get_rank=lambda: 0, all_gather_object=gather)
-    monkeypatch.setattr(shared_decoder, "dist", world)
+    monkeypatch.setattr(decode_lane, "dist", world)
     mine.tile = 64 if wrong == "tiles" else None
-    assert shared_decoder.shared_decoder(mine, ranks=None, sharing=2) is mine
+    assert decode_lane.shared_decoder(mine, ranks=None, sharing=2) is mine
     assert told == [None if wrong == "tiles" else "cpu"]
 
 
