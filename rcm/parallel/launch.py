@@ -5,6 +5,8 @@ place that reads them.
 from __future__ import annotations
 
 import os
+import socket
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,10 @@ import torch
 from rcm.core.errors import ConfigError
 
 _ADVICE = "start several ranks with torchrun"
+KNOWN_WITHIN = 5.0
+"""Seconds in which the name of the machine where ranks meet must be found: servers of names fail
+for a moment when many ranks ask at once.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Launch:
                 )
             return device
         cards = torch.cuda.device_count()
+        if self.world_size > 1 and self.launched and cards > 1 and not os.environ.get("LOCAL_RANK"):
+            raise ConfigError(
+                "RANK is set in the environment, LOCAL_RANK is not, which says which of the"
+                f" {cards} GPUs of this machine is this rank's; {_ADVICE}"
+            )
         if torch.cuda.is_available() and self.local_rank >= cards:
             raise ConfigError(
                 f"LOCAL_RANK={self.local_rank} has no GPU of its own: this machine has {cards};"
@@ -50,7 +61,7 @@ class Launch:
 def this_launch() -> Launch:
     """The launch of this process; alone without RANK and WORLD_SIZE. `ConfigError` for what no
     launcher leaves: a value that is no whole number, one of the two without the other, or a rank
-    that the world does not have.
+    that the world or the machine does not have.
     """
     launch = stated_launch()
     if launch.world_size > 1 and not launch.launched:
@@ -68,7 +79,44 @@ def stated_launch() -> Launch:
         raise ConfigError(f"RANK is set in the environment, WORLD_SIZE is not; {_ADVICE}")
     if not rank < world:
         raise ConfigError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={world}; {_ADVICE}")
-    return Launch(rank, world, launch_number("LOCAL_RANK", 0), launched)
+    place, here = launch_number("LOCAL_RANK", 0), launch_number("LOCAL_WORLD_SIZE", world)
+    if launched and not 0 < here <= world:
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={here} must be from 1 to WORLD_SIZE={world}; {_ADVICE}"
+        )
+    if launched and not place < here:
+        raise ConfigError(
+            f"LOCAL_RANK={place} must be at least 0 and below {here}, the ranks of its machine;"
+            f" {_ADVICE}"
+        )
+    return Launch(rank, world, place, launched)
+
+
+def meeting_place() -> tuple[str, int]:
+    """Address and port where the ranks of this launch meet. `ConfigError` unless both are set, the
+    port is one, and the address that of a machine: torch looks for it for half an hour.
+    """
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if lacking:
+        raise ConfigError(
+            f"RANK is set in the environment, {' and '.join(lacking)} is not; {_ADVICE}"
+        )
+    address, port = os.environ["MASTER_ADDR"], launch_number("MASTER_PORT", 0)
+    if not 0 < port < 2**16:
+        raise ConfigError(f"MASTER_PORT={port} must be a port, from 1 to {2**16 - 1}; {_ADVICE}")
+    deadline = time.monotonic() + KNOWN_WITHIN
+    while True:
+        try:
+            socket.getaddrinfo(address, port)
+            return address, port
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"environment variable MASTER_ADDR={address!r} is no address of a machine that"
+                    f" this one can find ({getattr(error, 'strerror', None) or error}); give the"
+                    " name or number of the machine of rank 0, without a port"
+                ) from error
+        time.sleep(0.5)
 
 
 def launched_world() -> int:
@@ -84,7 +132,7 @@ def launched_world() -> int:
 def told_rank() -> int | str:
     """RANK for messages: also one that is no number; 0 without a launcher."""
     text = os.environ.get("RANK") or "0"
-    return int(text) if text.isdecimal() else text
+    return int(text) if _is_number(text) else text
 
 
 def is_first() -> bool:
@@ -97,6 +145,11 @@ def is_first() -> bool:
 def launch_number(name: str, default: int) -> int:
     """The whole number in a variable of the launcher; `default` where it is not set or empty."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
+    if not _is_number(text):
         raise ConfigError(f"environment variable {name}={text!r} must be a whole number; {_ADVICE}")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number that torch can hold."""
+    return text.isdecimal() and len(text) < 10

@@ -13,6 +13,7 @@ are used:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rcm.core.errors import ConfigError, PeerGone, require_divisible, require_equal
 from rcm.parallel.agree import naming_lost_peers
-from rcm.parallel.launch import Launch, launch_number, stated_launch
+from rcm.parallel.launch import Launch, launch_number, meeting_place, stated_launch
 from rcm.parallel.threads import end_threads_at_exit
 
 SHARD_KNOB = "model.config.fsdp_shard_size"
 CP_KNOB = "model_parallel.context_parallel_size"
+_REFUSED = re.compile(r"failed to (?:bind|listen).*?message: ([\w ]+)", re.DOTALL)
+"""What torch says when it cannot open the port where ranks meet."""
 
 
 @dataclass(frozen=True)
@@ -237,29 +240,29 @@ def _meet(backend: str, launch: Launch, device: torch.device | None) -> None:
     """Make the group of the launcher's ranks; ConfigError for an environment that no launcher
     leaves, PeerGone where they do not meet.
     """
-    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if lacking:
-        raise ConfigError(
-            f"RANK is set in the environment, {' and '.join(lacking)} is not; start several ranks"
-            " with torchrun"
-        )
+    address, port = meeting_place()
     try:
-        dist.init_process_group(backend, device_id=device, **_after_restart(launch))
+        store = _after_restart(launch, address, port)
+        dist.init_process_group(backend, device_id=device, **store)
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if refused := _REFUSED.search(str(error)):
+            raise ConfigError(
+                f"environment variable MASTER_PORT={port}: rank 0 cannot wait for the others there"
+                f" ({refused[1]}); give another port, the same for every rank"
+            ) from error
         raise PeerGone(
-            f"the {launch.world_size} ranks of this launch did not meet at {place}; see what the"
-            " others say"
+            f"the {launch.world_size} ranks of this launch did not meet at {address}:{port}; see"
+            " what the others say"
         ) from error
 
 
-def _after_restart(launch: Launch) -> dict[str, Any]:
+def _after_restart(launch: Launch, address: str, port: int) -> dict[str, Any]:
     """How ranks meet that torchrun started again: its agent still keeps the addresses of the dead
     ones.
     """
-    restarts, port = launch_number("TORCHELASTIC_RESTART_COUNT", 0), launch_number("MASTER_PORT", 0)
+    restarts = launch_number("TORCHELASTIC_RESTART_COUNT", 0)
     if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+    store = dist.TCPStore(address, port, is_master=False)
     named = dist.PrefixStore(f"restart {restarts}", store)
     return {"store": named, "rank": launch.rank, "world_size": launch.world_size}

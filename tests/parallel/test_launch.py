@@ -5,6 +5,7 @@ launcher says it.
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.parallel import launch
 from rcm.parallel.agree import sentence
 from rcm.parallel.launch import Launch, is_first, launched_world, this_launch
 from rcm.parallel.mesh import process_group
 from tests.hygiene.source import ROOT, files, name
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WRONG = {
     "no number": ({"RANK": "x", "WORLD_SIZE": "2"}, "environment variable RANK='x' must be a whole number"),
     "negative": ({"RANK": "-1", "WORLD_SIZE": "2"}, "environment variable RANK='-1' must be a whole number"),
@@ -27,6 +29,13 @@ WRONG = {
     "rank alone": ({"RANK": "0"}, "RANK is set in the environment, WORLD_SIZE is not"),
     "world alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment, RANK is not"),
     "place": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "gpu0"}, "environment variable LOCAL_RANK='gpu0' must be a whole number"),
+    "beyond numbers": ({"RANK": "0", "WORLD_SIZE": "9" * 20}, f"environment variable WORLD_SIZE='{'9' * 20}' must be a whole number"),
+    "machine of nobody": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 must be from 1 to WORLD_SIZE=2"),
+    "beyond the launch": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3 must be from 1 to WORLD_SIZE=2"),
+    "beyond the machine": (
+        {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+        "LOCAL_RANK=2 must be at least 0 and below 2, the ranks of its machine",
+    ),
 }
 
 
@@ -77,10 +86,49 @@ def test_every_rank_has_a_gpu_of_its_own(environ, monkeypatch: pytest.MonkeyPatc
     assert this_launch().device("cuda:2") == Launch().device("cuda:2") == torch.device("cuda", 2)
     with pytest.raises(ConfigError, match="cuda:0 is not the GPU of LOCAL_RANK=2.*--device cuda$"):
         this_launch().device("cuda:0")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ConfigError, match="LOCAL_RANK is not, which says which of the 3 GPUs"):
+        this_launch().device("cuda")
+    environ(RANK="2", WORLD_SIZE="3", LOCAL_RANK="2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     told = r"LOCAL_RANK=2 has no GPU of its own: this machine has 2; start at most 2 ranks on it \(--nproc_per_node\)"
     with pytest.raises(ConfigError, match=told), process_group("cuda"):
         pass
+
+
+PLACES = {
+    "no address": ({"MASTER_PORT": "29500"}, "RANK is set in the environment, MASTER_ADDR is not"),
+    "unknown": (
+        {"MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"},
+        "variable MASTER_ADDR='no.such.host.invalid' is no address",
+    ),
+    "both in one": ({"MASTER_ADDR": "127.0.0.1:29500", "MASTER_PORT": "29500"}, "MASTER_ADDR='127.0.0.1:29500' is no address of a machine"),
+    "no name": ({"MASTER_ADDR": "a" * 64 + ".example", "MASTER_PORT": "29500"}, "is no address of a machine"),
+    "port 0": ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "MASTER_PORT=0 must be a port, from 1 to 65535"),
+    "no port": ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "65536"}, "MASTER_PORT=65536 must be a port, from 1 to 65535"),
+    "no number": ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, "environment variable MASTER_PORT='http' must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_where_nobody_can_meet_is_told_at_once(environ, monkeypatch: pytest.MonkeyPatch, case: str, rank: str) -> None:
+    values, told = PLACES[case]
+    environ(RANK=rank, WORLD_SIZE="2", **values)
+    monkeypatch.setattr(launch, "KNOWN_WITHIN", 0)
+    with pytest.raises(ConfigError, match=re.escape(told)), process_group("cpu"):
+        pass
+
+
+def test_a_port_that_somebody_has_is_told_at_once(environ) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        environ(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        told = rf"MASTER_PORT={port}: rank 0 cannot wait for the others there \(address already in use\); give another port"
+        with pytest.raises(ConfigError, match=told), process_group("cpu"):
+            pass
 
 
 @pytest.mark.parametrize("words", [["train", "experiment=toy_tf_c3-3"], ["doctor", "--quick"]])
