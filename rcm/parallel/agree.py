@@ -52,9 +52,10 @@ def agree(problem: Exception | None, *, group: dist.ProcessGroup | None = None) 
         dist.all_reduce(wrong, op=dist.ReduceOp.MAX, group=group)
         if not wrong.item():
             return
-        found: list[Any] = [None] * dist.get_world_size()
+        ranks = dist.get_process_group_ranks(group)
+        found: list[Any] = [None] * len(ranks)
         dist.all_gather_object(found, None if problem is None else _told(problem), group=group)
-    rank, told = next((rank, told) for rank, told in enumerate(found) if told is not None)
+    rank, told = next(one for one in zip(ranks, found, strict=True) if one[1] is not None)
     error = problem or _rebuilt(told)
     vars(error)["heard_from"] = Voices(
         rank,

@@ -1,5 +1,5 @@
-"""On two ranks: what the exchanges do to single tokens, and how weights reach a sharded network
-from memory, a DCP directory, or a seed.
+"""On few ranks: what the exchanges do to single tokens, how weights reach a sharded network from
+memory, a DCP directory, or a seed, and whose a refusal is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 import rcm.parallel.ulysses as ulysses
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.parallel.agree import agree
 from rcm.parallel.apply import parallelize
 from rcm.parallel.fsdp import local
 from rcm.parallel.init import check_equal, drawn_weights, load_dcp, load_full, materialise, on_meta
@@ -134,3 +135,20 @@ def test_weights_reach_every_rank(dims: ParallelDims, tmp_path: Path) -> None:
         assert "net_ema.x" in errors["prefix"] and "missing" in errors["prefix"]
         assert "nowhere" in errors["path"] and ".metadata" in errors["path"]
         assert ("head.head.bias" in found["unequal"]) == (dims.dp_replicate > 1)
+
+
+def refusals() -> list[tuple[str, int, bool]]:
+    """Two of three ranks agree: on what one of them finds, and on what both do."""
+    found, group, rank = [], dist.new_group([1, 2]), dist.get_rank()
+    for finders in ((2,), (1, 2)) if rank else ():
+        with pytest.raises(ConfigError) as error:
+            agree(ConfigError("no room") if rank in finders else None, group=group)
+        voices = error.value.heard_from
+        found.append((str(error.value), voices.first, voices.unanimous))
+    return found
+
+
+@pytest.mark.dist
+def test_a_refusal_within_a_group_names_the_rank_of_the_launch(tmp_path: Path) -> None:
+    told = [("no room", 2, False), ("no room", 1, True)]
+    assert run_ranks(3, refusals, tmp_path=tmp_path) == [[], told, told]
