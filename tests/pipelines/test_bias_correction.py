@@ -21,7 +21,7 @@ from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import CodedStore
 from rcm.nets.kv_memo import MemoisedCodec
 from rcm.nets.layout import TokenLayout
-from rcm.pipelines import session as session_module
+from rcm.pipelines import engine
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.infinity_rope import InfinityRope
@@ -131,13 +131,14 @@ def test_no_captured_pass_leaves_the_correction_out(monkeypatch) -> None:
     net = Denoiser(tiny_net(dtype=torch.float32), Precision.preset("fp32")).eval_params()
     spec = StreamSpec(RECIPE, (4, HEIGHT, WIDTH), batch=2, policy=SlidingWindow(3), kv_codec=codec())
 
-    def stream() -> Tensor:
+    def stream() -> tuple[Tensor, Session]:
         session = Session(net, None, condition(tiny_config(), dtype=torch.float32), spec)
-        return torch.cat([session.step().latents for _ in range(5)], dim=2)
+        return torch.cat([session.step().latents for _ in range(5)], dim=2), session
 
-    eager = stream()
-    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
-    assert torch.equal(stream(), eager)
+    eager, _ = stream()
+    monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
+    found, session = stream()
+    assert torch.equal(found, eager) and session.loop.counts["replayed"] == 0 < session.loop.counts["eager"]
 
 
 def test_only_coded_keys_have_a_bias() -> None:
