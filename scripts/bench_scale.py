@@ -8,9 +8,9 @@ latents of 480p.
     python -m scripts.bench_scale --report --json scale.json  # all rows, and scaling between them
 
 Every row is composed as `scripts.train` composes it and runs in the trainer's own loop: every kind
-of iteration once or twice to warm up, then `--repeats` times, the last of them under the profiler.
-Seconds are the median of the repetitions (their rollouts differ in length, two of them on the mean
-as a whole cycle's) of the slowest rank; kinds are weighed by their share. Tokens are those of the
+of iteration once or twice to warm up, then `--repeats` times, then once under the profiler. Seconds
+are the median of the repetitions (their rollouts differ in length, two of them on the mean as a
+whole cycle's) of the slowest rank; kinds are weighed by their share. Tokens are those of the
 videos, 1560 per latent frame at 480p, not of packed halves. MFU: `scripts.bench_scale_flops`.
 "comm" is the share of the profiled iterations in which kernels of NCCL ran, "exposed" that in which
 nothing else did.
@@ -45,7 +45,7 @@ from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.stop_signal import INTERRUPTED
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import command, short_log, writable_file
+from rcm.inference.outcome import command, writable_file
 from rcm.parallel.launch import is_first, launched_world
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.planner_card import CARDS, Card, card
@@ -73,6 +73,11 @@ def present_card() -> Card:
         (name for name in CARDS if name.partition("-")[0] in properties.name.lower()), "h200"
     )
     return card(name, memory_gib=properties.total_memory / 2**30)
+
+
+def turns_of(options: argparse.Namespace) -> int:
+    """Iterations of each kind behind those that warm up."""
+    return options.repeats + (not options.no_profile)
 
 
 @cache
@@ -148,7 +153,7 @@ class Bench:
 
     def reason_against(self, found: Planned) -> str:
         """Why a row is left out, "" where it is not."""
-        needed = found.iterations_seconds(self.options.repeats)
+        needed = found.iterations_seconds(turns_of(self.options))
         prediction = found.prediction
         if not prediction.fits:
             reserved = prediction.reserved / 2**30
@@ -225,7 +230,7 @@ report           print the rows of the --json file and stop
 budget S = 520   seconds of this launch; rows beyond it are left out
 limit S = 90     rows whose iterations take longer are left out
 repeats N        iterations that count, of each kind
-no-profile       without the share of communication
+no-profile       without a last one that tells the share of communication
 json FILE        written after every row; read first, and by --report
 gpus N           --plan-only, --list: ranks
 gpu {"|".join(CARDS)} = h100  --plan-only: the card
@@ -266,7 +271,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     the request cannot be met.
     """
     options = arguments(argv)
-    short_log()
     load_registry(DEFAULT_REGISTRY)
     if options.gpus is not None and options.gpus < 1:
         raise ConfigError(f"--gpus {options.gpus} must be at least 1")
@@ -292,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan_only:
         on = card(options.gpu, memory_gib=options.memory_gib)
         plans = [planned(row, ranks=ranks, on=on, tiny=options.small, fused=True) for row in rows]
-        spent = [p.iterations_seconds(options.repeats) + BUILDING for p in plans]
+        spent = [p.iterations_seconds(turns_of(options)) + BUILDING for p in plans]
         print_plan(
             (p.row.name, p.prediction, p.lean, seconds)
             for p, seconds in zip(plans, spent, strict=True)

@@ -108,7 +108,8 @@ def measured_record(
     job, kinds = prediction.job, {}
     for phase in prediction.phases:
         ranks = [[i for i in end.iterations if i.role == phase.role] for end in ends]
-        slowest = [max(i.seconds for i in turn) for turn in zip(*ranks, strict=True)]
+        timed = [[i for i in own if not i.kernels] for own in ranks]
+        slowest = [max(i.seconds for i in turn) for turn in zip(*timed, strict=True)]
         profiled = next((i for i in ranks[0] if i.kernels), None)
         kinds[phase.role] = {
             "share": phase.share,

@@ -109,9 +109,12 @@ _HALF = ("optimizer.states=bfloat16",)
 _FP8 = (f"{M}.net.linear_precision=fp8",)
 _LORA = (f"{M}.lora.rank=64",)
 _GAN = (f"{M}.gan.loss_scale=0.1",)
-_KEEP_LAST = (f"{M}.net.sac_config.keep_last_blocks=1",)
 _IDLE = ("trainer.offload.idle_roles=True",)
 _LIVES = (*_IDLE, "trainer.offload.parameters=True")
+
+
+def _keep_last(blocks: int) -> tuple[str, ...]:
+    return (f"{M}.net.sac_config.keep_last_blocks={blocks}",)
 
 
 def _states(form: str) -> tuple[str, ...]:
@@ -144,6 +147,9 @@ ROWS = (
     Row("sf_dmd", "1.3B", "ulysses4"),
     Row("tf_diffusion", "14B", "ulysses4", "keep_attention_mlp", _KEEP_MLP),
     Row("tf_scm", "14B", "ulysses4", "keep_attention_mlp", _KEEP_MLP),
+    Row(
+        "tf_diffusion", "14B", "ulysses4", "keep_attention_mlp_last8", (*_KEEP_MLP, *_keep_last(8))
+    ),
     Row("sf_dmd", "14B", "ulysses4"),
     Row("tf_diffusion", "14B", "ulysses4"),
     Row("tf_scm", "14B", "ulysses4"),
@@ -179,7 +185,7 @@ ROWS = (
     Row("tf_diffusion", "1.3B", "one", "keep_attention", _KEEP),
     Row("tf_diffusion", "1.3B", "one", "keep_attention_mlp", _KEEP_MLP),
     Row("tf_diffusion", "1.3B", "one", "fp8_products", _FP8),
-    Row("tf_diffusion", "1.3B", "one", "keep_attention_last", (*_KEEP, *_KEEP_LAST)),
+    Row("tf_diffusion", "1.3B", "one", "keep_attention_last", (*_KEEP, *_keep_last(1))),
     Row("tf_diffusion", "14B", "ulysses4", "keep_attention_fp8_products", (*_KEEP, *_FP8)),
     Row("tf_scm", "14B", "ulysses4", "keep_attention_fp8_products", (*_KEEP, *_FP8)),
     Row("tf_dcm", "1.3B", "one"),
@@ -264,9 +270,9 @@ class Planned:
         """
         return 2 if sum(phase.seconds for phase in self.prediction.phases) < QUICK else 1
 
-    def iterations_seconds(self, repeats: int) -> float:
+    def iterations_seconds(self, turns: int) -> float:
         """Of all iterations of the row."""
-        return (self.warm + repeats) * sum(phase.seconds for phase in self.prediction.phases)
+        return (self.warm + turns) * sum(phase.seconds for phase in self.prediction.phases)
 
 
 def planned(row: Row, *, ranks: int, on: Card, tiny: bool, fused: bool) -> Planned:

@@ -296,16 +296,12 @@ def attempt(
     """Measure a run; what goes wrong is told, not raised, and nothing stays on the device.
     Collective.
 
-    The last repetition of every role is profiled. Iterations count behind the first `warm` of their
-    role (kernels, optimiser states, the allocator's habits).
+    Iterations count behind the first `warm` of their role (kernels, optimiser states, the
+    allocator's habits). One more of every role is profiled, which takes the host time.
     """
-    indices = middle_indices(run, repeats)
-    phases = scripted_phases(run, roles, [indices[0]] * warm + indices)
-    last = (
-        frozenset(range(len(phases) - len(roles), len(phases)))
-        if profiled and device.type == "cuda"
-        else frozenset()
-    )
+    indices, traced = middle_indices(run, repeats), profiled and device.type == "cuda"
+    phases = scripted_phases(run, roles, [indices[0]] * warm + indices + indices[:traced])
+    last = frozenset(range(len(phases) - traced * len(roles), len(phases)))
     watch = Watch(phases, meter=Meter(device), profiled=last)
     try:
         outcome = trained(run, watch, dims=dims, device=device, reduce=reduce)

@@ -156,8 +156,11 @@ def test_what_a_row_says() -> None:
             iterations=(
                 Iteration("student", 1, 5.0 + rank, 2**30, 2**31, 0),
                 Iteration("fake_score", 1, 1.0, 2**30, 2**31, 0),
-                Iteration("student", 2, 7.0, (3 + rank) * 2**30, 2**32, 1, kernels),
-                Iteration("fake_score", 2, 2.0, 2**30, 2**31, 0, kernels),
+                Iteration("student", 2, 7.0, (3 + rank) * 2**30, 2**32, 1),
+                Iteration("fake_score", 2, 2.0, 2**30, 2**31, 0),
+                # under the profiler, whose time is the profiler's, too
+                Iteration("student", 1, 8.0, 2**30, 2**31, 0, kernels),
+                Iteration("fake_score", 1, 3.0, 2**30, 2**31, 0, kernels),
             ),
         )
         for rank in range(2)
@@ -169,7 +172,7 @@ def test_what_a_row_says() -> None:
     seconds = 6.5 / 6 + 1.5 * 5 / 6
     assert record["seconds"] == pytest.approx(seconds) and record["global_batch"] == 2
     assert record["tokens_per_s"] == pytest.approx(2 * 6 * 8 * 8 / seconds)  # 6 frames of 16 x 16 cells
-    assert record["nccl_share"] == pytest.approx(0.5 / (7 / 6 + 2 * 5 / 6))
+    assert record["nccl_share"] == pytest.approx(0.5 / (8 / 6 + 3 * 5 / 6))
     flops = plan.flops["student"] / 6 + plan.flops["fake_score"] * 5 / 6
     assert record["mfu"] == pytest.approx(flops / (seconds * 2 * 989.4e12))
     assert json.loads(json.dumps(record)) == record
