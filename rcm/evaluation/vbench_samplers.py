@@ -19,7 +19,6 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import guided
 from rcm.pipelines.from_checkpoint import LoadedModel, Recipe
 from rcm.pipelines.image_condition import read_image
-from rcm.pipelines.models import Models
 from rcm.pipelines.streaming import collected, stream_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.pipelines.wan_pipeline import VideoRequest, WanPipeline
@@ -104,36 +103,48 @@ class DescribedSampler:
 
 
 @dataclass
-class WanSampler:
-    """Wan's bidirectional networks, noise drawn on the device; `files` by flag, for settings."""
+class OriginalSampler:
+    """What samplers of Wan's original files have in common. `files` by flag and `about` are noted
+    in the settings.
+    """
 
-    pipeline: WanPipeline
+    models: WanPipeline
     _: KW_ONLY
-    recipe: WholeVideoRecipe
-    size: FrameSize
-    num_frames: int
+    negative_prompt: str | None
     files: Mapping[str, str | Path]
     about: Mapping[str, Any]
     fps: float = 16.0
-    negative_prompt: str | None = None
 
-    @property
-    def settings(self) -> Mapping[str, Any]:
+    def noted(self, sampler: str, recipe: Mapping[str, Any], **sizes: Any) -> dict[str, Any]:
+        """The settings."""
         return {
-            "sampler": "wan",
+            "sampler": sampler,
             "checkpoint": _digests(self.files),
-            "recipe": {**asdict(self.recipe), "negative_prompt": self.negative_prompt},
-            "size": str(self.size),
-            "num_frames": self.num_frames,
-            "device": self.pipeline.device.type,
+            "recipe": dict(recipe),
+            **sizes,
+            "device": self.models.device.type,
             **self.about,
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
         """On ranks that do not encode there is nothing to keep."""
-        if isinstance(self.pipeline.text, TextEncoder):
+        if isinstance(self.models.text, TextEncoder):
             negative = [] if self.negative_prompt is None else [self.negative_prompt]
-            self.pipeline.text = KnownText(self.pipeline.text, [*texts, *negative])
+            self.models.text = KnownText(self.models.text, [*texts, *negative])
+
+
+@dataclass(kw_only=True)
+class WanSampler(OriginalSampler):
+    """Wan's bidirectional networks, noise drawn on the device."""
+
+    recipe: WholeVideoRecipe
+    size: FrameSize
+    num_frames: int
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        recipe = {**asdict(self.recipe), "negative_prompt": self.negative_prompt}
+        return self.noted("wan", recipe, size=str(self.size), num_frames=self.num_frames)
 
     def sample(self, request: ClipRequest) -> Tensor | None:
         asked = VideoRequest(
@@ -146,25 +157,20 @@ class WanSampler:
             # the pipeline stretches it to the size
             image=None if request.image is None else read_image(request.image),
         )
-        made = self.pipeline.generate(asked)
+        made = self.models.generate(asked)
         return None if made.frames is None else made.frames[0].cpu()
 
 
-@dataclass
-class CausalSampler:
-    """A causal Wan network from its original files, noise drawn on the CPU, equal on all ranks.
+@dataclass(kw_only=True)
+class CausalSampler(OriginalSampler):
+    """A causal Wan network, noise drawn on the CPU, equal on all ranks.
 
     `latent_shape` (C, T, H, W). On several ranks all compute, the first one decodes and writes.
     """
 
-    models: Models
-    _: KW_ONLY
     recipe: SamplingRecipe
     latent_shape: tuple[int, int, int, int]
     negative_prompt: str
-    files: Mapping[str, str | Path]
-    about: Mapping[str, Any]
-    fps: float = 16.0
 
     def __post_init__(self) -> None:
         self.recipe.plans(self.latent_shape[1])
@@ -178,20 +184,9 @@ class CausalSampler:
     @property
     def settings(self) -> Mapping[str, Any]:
         negative = self.negative_prompt if is_guided(self.recipe.guidance) else None
-        return {
-            "sampler": "causal",
-            "checkpoint": _digests(self.files),
-            "recipe": {**asdict(self.recipe), "negative_prompt": negative},
-            "size": str(self.size),
-            "num_frames": self.models.codec.use().frames_for(self.latent_shape[1]),
-            "device": self.models.device.type,
-            **self.about,
-        }
-
-    def prepare(self, texts: Sequence[str]) -> None:
-        """On ranks that do not encode there is nothing to keep."""
-        if isinstance(self.models.text, TextEncoder):
-            self.models.text = KnownText(self.models.text, [*texts, self.negative_prompt])
+        recipe = {**asdict(self.recipe), "negative_prompt": negative}
+        frames = self.models.codec.use().frames_for(self.latent_shape[1])
+        return self.noted("causal", recipe, size=str(self.size), num_frames=frames)
 
     def sample(self, request: ClipRequest) -> Tensor:
         models, recipe = self.models, self.recipe
