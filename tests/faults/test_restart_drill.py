@@ -27,9 +27,9 @@ KILLED_AT = (4, 9)
 def torchrun(job: Path, *more: str, restarts: int) -> subprocess.Popen:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *(f"--max-restarts={restarts}", "-m", "scripts.train", TF, SAVES, KEEPS),
+        *(f"--max-restarts={restarts}", "-m", "scripts.train", TF),
         *small(job, iterations=ITERATIONS),
-        *more,
+        *(SAVES, KEEPS, *more),
     ]
     return begin(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -56,6 +56,7 @@ def test_a_job_that_loses_ranks_goes_on_by_itself(tmp_path: Path) -> None:
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told[-3000:]
     assert told.count("Signal 9 (SIGKILL)") >= len(KILLED_AT) or told.count("exitcode: -9") >= len(KILLED_AT), told[-3000:]
+    assert told.count("resumed at iteration") == len(KILLED_AT), told[-3000:]
     unbroken = torchrun(whole, restarts=0)
     said, _ = unbroken.communicate(timeout=300)
     assert unbroken.returncode == 0, said[-3000:]
