@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,9 @@ class MergedWeights(LazyWeights):
         try:
             self.pairs: dict[str, LoRAPair] = lora_pairs(self._file.headers)
             check_targets(self.pairs, self._file.headers, base.headers)
+            described = description_of(self._file)
+            if described is not None and "adapters" in described.extra:
+                _require_all(self.pairs, described.extra["adapters"]["layers"], base.headers)
             settings = adapter_settings(self._file, given=lora.alpha is not None)
             self.strengths = {
                 name: lora.scale * self._strength(pair, settings)
@@ -224,16 +227,20 @@ class AdaptedWeights(LazyWeights):
                 raise CheckpointError(
                     f"{pair.alpha} is {float(stored):g}, its description says {said:g}"
                 )
-        blocks = {name.split(".")[1] for name in self.headers if name.startswith("blocks.")}
-        missing = sorted(
-            {f"blocks.{block}.{layer}.weight" for block in blocks for layer in layers}
-            - self.pairs.keys()
+        _require_all(self.pairs, layers, self.headers)
+
+
+def _require_all(
+    pairs: Mapping[str, LoRAPair], layers: Iterable[str], headers: Mapping[str, Tensor]
+) -> None:
+    """`CheckpointError` unless every block of the network has factors for each of `layers`."""
+    blocks = {name.split(".")[1] for name in headers if name.startswith("blocks.")}
+    named = {f"blocks.{block}.{layer}.weight" for block in blocks for layer in layers}
+    if missing := sorted(named - pairs.keys()):
+        raise CheckpointError(
+            f"{len(missing)} factors that its description names are missing, {missing[0]} among"
+            " them"
         )
-        if missing:
-            raise CheckpointError(
-                f"{len(missing)} factors that its description names are missing, {missing[0]} among"
-                " them"
-            )
 
 
 def _factors(file: WeightFile, pair: LoRAPair) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,16 @@ def test_adapters_alone_are_merged_as_any_published_ones(folder: Path, name: str
         merged = load_wan(folder / "job", precision=precision).net.state_dict()
     found = load_wan(folder / "base", precision=precision, loras=[LoRA(folder / name)]).net.state_dict()
     assert all(torch.equal(found[key], merged[key]) for key in merged)
+
+
+def test_adapters_of_a_shallower_network_are_not_merged_in_part(folder: Path) -> None:
+    deeper = dict(network_weights(open_weights(folder / "base")))
+    blocks = [name for name in deeper if name.startswith("blocks.1.")]
+    deeper |= {name.replace("blocks.1.", "blocks.2."): deeper[name] for name in blocks}
+    base = SimpleNamespace(headers=deeper, sources=())
+    for name in LAYOUTS.values():
+        with pytest.raises(CheckpointError, match=r"10 factors that its description names are missing, blocks\.2\.cross_attn"):
+            MergedWeights(base, LoRA(folder / name))
 
 
 def test_published_keys(folder: Path) -> None:
