@@ -62,7 +62,7 @@ def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
     target = places[0]
     raise ConfigError(
         f"no umT5 tokenizer ({FAST_FILE} or {SLOW_FILE}) in {', '.join(map(str, places))}; get it"
-        " once with: huggingface-cli download "
+        " once with: hf download "
         f'google/umt5-xxl --include "tokenizer*" "{SLOW_FILE}" "special_tokens_map.json"'
         f" --local-dir {target}; "
         "or name its folder (--tokenizer_path)"

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 UMT5_FILE = "assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth"
 UMT5_MISSING = (
     "the umT5 encoder is published as models_t5_umt5-xxl-enc-bf16.pth (11.4 GB) at"
-    " https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B: huggingface-cli download"
+    " https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B: hf download"
     " Wan-AI/Wan2.1-T2V-1.3B models_t5_umt5-xxl-enc-bf16.pth --local-dir assets/checkpoints; if you"
     " have it elsewhere, say so with --text_encoder_path"
 )

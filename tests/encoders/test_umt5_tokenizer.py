@@ -64,7 +64,7 @@ def test_places_searched(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_lists_the_places(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         find_tokenizer(None, weights=tmp_path / "weights.pth")
-    command = "huggingface-cli download google/umt5-xxl --include"
+    command = "hf download google/umt5-xxl --include"
     for part in ("google/umt5-xxl", "umt5-xxl,", command, f"--local-dir {tmp_path}/google/umt5-xxl"):
         assert part in str(error.value)
     save_tokenizer(tmp_path / "google" / "umt5-xxl")
