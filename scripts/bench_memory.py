@@ -27,7 +27,7 @@ from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job
 from rcm.core.errors import first_line
-from rcm.inference.outcome import command, short_log
+from rcm.inference.outcome import command
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.planner import Prediction, predict
 from rcm.train.planner_card import GIB, H200
@@ -123,7 +123,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags = arguments(argv)
-    short_log()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     registry = load_registry(flags.config)
     cases = {name: [*words, *ONE_CARD] for name, words in CASES.items()}

@@ -28,7 +28,7 @@ from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_pixels import clip_of, colour, differences, flicker, sharpness
 from rcm.evaluation.report import write_report
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import check_device, command, short_log
+from rcm.inference.outcome import check_device, command
 from rcm.pipelines.video_io import contact_sheet, iter_frames
 from rcm.worlds.toy_scores import ToyScorer
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
@@ -182,7 +182,6 @@ def _features(device: str) -> FrameFeatures:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, tell, write the page."""
     flags = _parser().parse_args(argv)
-    short_log()
     named = [_named(word) for word in flags.videos]
     names = [name for name, _ in named]
     if twice := {name for name in names if names.count(name) > 1}:

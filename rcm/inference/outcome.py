@@ -8,9 +8,9 @@ import argparse
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
@@ -23,6 +23,9 @@ from rcm.core.stop_signal import status_of, terminable
 from rcm.data.tar_index import ShardError
 from rcm.pipelines.video_io import VideoError
 
+if TYPE_CHECKING:
+    from loguru import Record
+
 
 class OutOfMemory(ConfigError):
     """Memory of a device ran out; told by the rank that it happened to, for the others may have
@@ -33,25 +36,35 @@ class OutOfMemory(ConfigError):
 USER_ERRORS = (ConfigError, CheckpointError, NonFinite, VideoError, ShardError, PeerGone, OSError)
 
 
-def short_log() -> None:
-    """Log lines of a command for reading, "warning: ..." on stderr; what progress says goes to
-    stdout.
+@contextlib.contextmanager
+def _short_log(level: str) -> Iterator[None]:
+    """Inside, log lines from `level` on are for reading, "warning: ..." on stderr, in place of
+    loguru's own; what progress says goes to stdout.
     """
-    logger.remove()
-    logger.add(
-        lambda line: print(line, end="", file=sys.stderr),
-        level="WARNING",
-        format=lambda record: f"{record['level'].name.lower()}: {{message}}\n",
-    )
+    with contextlib.suppress(ValueError):  # taken away before
+        logger.remove(0)
+
+    def short(record: Record) -> str:
+        level = record["level"].name
+        return f"{'' if level == 'INFO' else f'{level.lower()}: '}{{message}}\n"
+
+    mine = logger.add(lambda line: print(line, end="", file=sys.stderr), level=level, format=short)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            logger.remove(mine)
 
 
-def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: int = 2) -> int:
+def exit_status(
+    work: Callable[[], int | None], *, tell: bool = True, failure: int = 2, log: str = "WARNING"
+) -> int:
     """What `work` returns, else 0; `failure` after an error that the user can put right, told in
     one sentence on stderr by the rank that may `tell`; 130 and one word after Ctrl-C, 143 after
-    SIGTERM.
+    SIGTERM. What is logged from the level `log` on is short on stderr.
     """
     try:
-        with terminable():
+        with terminable(), _short_log(log):
             status = work() or 0
         lost = lost_output()
         if lost is None or status:

@@ -31,7 +31,7 @@ from rcm.evaluation.throughput import Throughput, measure
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import check_device, exit_status, short_log, sparing
+from rcm.inference.outcome import check_device, exit_status, sparing
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
 from rcm.pipelines.first_block import first_latents, is_image
 from rcm.pipelines.from_checkpoint import LoadedModel
@@ -54,7 +54,6 @@ SHOWN = 4
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rcm stream` and `rcm-stream`; returns the exit status."""
     flags = _parser().parse_args(argv)
-    short_log()
     with warnings.catch_warnings():
         # one process is what this is meant for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -70,7 +70,7 @@ def wan_main(
     """
     flags = parser.parse_args(argv)
     tell = is_first() and leads()
-    return exit_status(lambda: _launch(flags, plan, make or run), tell=tell)
+    return exit_status(lambda: _launch(flags, plan, make or run), tell=tell, log="INFO")
 
 
 def _launch(

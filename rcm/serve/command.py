@@ -26,7 +26,7 @@ from rcm.encoders.prompt_cleaning import says_nothing
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import check_device, exit_status, short_log
+from rcm.inference.outcome import check_device, exit_status
 from rcm.pipelines.from_checkpoint import LoadedModel
 from rcm.pipelines.session_pool import SessionPool
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -43,7 +43,6 @@ SMALL = 128
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rcm serve`; returns the exit status, 0 after Ctrl-C."""
     flags = _parser().parse_args(argv)
-    short_log()
     return exit_status(lambda: run(flags))
 
 

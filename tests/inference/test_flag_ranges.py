@@ -6,6 +6,7 @@ import argparse
 import re
 
 import pytest
+from loguru import logger
 
 from rcm.core.errors import ConfigError
 from rcm.inference.flag_ranges import RANGES, check_numbers
@@ -56,8 +57,14 @@ def test_how_commands_end(capsys):
     def wrong(argv):
         raise ConfigError("one\n  knob caf\udce9")
 
-    assert [command(main)([]) for main in (interrupted, exhausted, wrong, lambda argv: None, lambda argv: 7)] == [130, 2, 2, 0, 7]
-    stopped, memory, refused = capsys.readouterr().err.splitlines()
+    def warns(argv):
+        logger.info("quiet")
+        logger.warning("of <{}> {}", 1, "{x}")
+
+    ends = (interrupted, exhausted, wrong, warns, lambda argv: None, lambda argv: 7)
+    assert [command(main)([]) for main in ends] == [130, 2, 2, 0, 0, 7]
+    stopped, memory, refused, warned = capsys.readouterr().err.splitlines()
+    assert warned == "warning: of <1> {x}"
     assert stopped == "stopped"
     assert memory.startswith("error: out of memory") and memory.endswith("; ask for less")
     assert refused == "error: one knob caf\\udce9"
