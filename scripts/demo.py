@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import signal
@@ -32,7 +33,7 @@ from rcm.core.errors import ConfigError
 from rcm.core.files import discard
 from rcm.core.stop_signal import status_of
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import command, short_log
+from rcm.inference.outcome import command
 from rcm.train.job_lock import NAME as LOCK
 from rcm.train.job_lock import job_lock
 from scripts.demo_page import COLUMNS, verdict, write_page
@@ -52,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     cannot be written; 130, 143: stopped, to be continued.
     """
     args = _parser().parse_args(argv)
-    short_log()
     folder = _folder(args)
     folder.mkdir(parents=True, exist_ok=True)
     with job_lock(folder, knob="--out"):
@@ -84,11 +84,14 @@ def _folder(args: argparse.Namespace) -> Path:
     """Check the flags, and that the folder is a demo's or empty."""
     if not (math.isfinite(args.scale) and args.scale > 0):
         raise ConfigError(f"--scale {args.scale} must be a positive number")
-    if args.videos < 8:
+    if not 8 <= args.videos <= 10_000:
         raise ConfigError(
-            f"--videos {args.videos} must be at least 8, the fewest that can be scored"
+            f"--videos {args.videos} must be at least 8, the fewest that can be scored, and at most"
+            " 10000"
         )
     folder = args.out or Path("outputs/demo_quick" if args.quick else "outputs/demo")
+    if str(folder).encode(errors="replace") != os.fsencode(folder):
+        raise ConfigError(f"--out {str(folder)!r} is not UTF-8; choose another name")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; choose a folder")
     if odd := re.search(r"[,*?[]|\$\{", str(folder)):
