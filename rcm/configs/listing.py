@@ -43,8 +43,15 @@ def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
             f"no experiment has {' and '.join(map(repr, words))} in its name; the whole list: rcm"
             " experiments"
         )
-    for title, group in (("embedded world, two CPU cores", True), ("Wan", False)):
-        chosen = {row: names for row, names in rows.items() if row.startswith("toy_") == group}
+    toys = [row for row in rows if row.startswith("toy_")]
+    wan = [row for row in rows if "wan2pt" in row]
+    groups = {
+        "embedded world, two CPU cores": toys,
+        "Wan": wan,
+        "of this registry": [row for row in rows if row not in {*toys, *wan}],
+    }
+    for title, members in groups.items():
+        chosen = {row: rows[row] for row in members}
         if not chosen:
             continue
         yield f"{title}:", False

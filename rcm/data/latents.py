@@ -51,15 +51,13 @@ def expand_pattern(pattern: str, *, knob: str = PATTERN_KNOB) -> list[Path]:
     for name in _expand_braces(rest, knob):
         matches = _matches(start + name)
         if not matches:
-            raise ConfigError(
-                f"no shard matches {start + name!r} (from {knob}={pattern!r}); change {knob}"
-            )
+            whole = f" (of {pattern!r})" if start + name != pattern else ""
+            raise ConfigError(f"no shard matches {start + name!r}{whole}; change {knob}")
         files.extend(map(Path, matches))
     for path, whole in zip(files, each(Path.is_file, files), strict=True):
         if not whole:
             raise ConfigError(
-                f"{path} is no file but a folder or a device (from {knob}={pattern!r}); change"
-                f" {knob}"
+                f"{path} is no file but a folder or a device (of {pattern!r}); change {knob}"
             )
     return list(dict.fromkeys(files))
 

@@ -214,7 +214,8 @@ def text_of(
 
 
 def _refuse_files(given: Mapping[str, str | Path | None], path: Path, *, what: str) -> None:
-    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    flags = {name: "--text_cache" if name == "text_cache" else f"--{name}_path" for name in given}
+    named = [f"{name}={x} ({flags[name]})" for name, x in given.items() if x is not None]
     if named:
         raise ConfigError(
             f"{path} was trained with {what}, which reads no file; leave out {', '.join(named)}"

@@ -201,7 +201,8 @@ def config_of(
             network.headers, head_dim=known.head_dim if known else _head_dim(network)
         )
         settled = with_settings(found, file.config)
-        if unread := unread_settings(file.config):
+        # those of adapters are read, or refused, where they are merged
+        if isinstance(network, NetworkWeights) and (unread := unread_settings(file.config)):
             logger.warning(
                 "{}: nothing here reads {} of its config.json", file.path, ", ".join(unread)
             )

@@ -66,5 +66,5 @@ def test_a_toy_checkpoint_reads_no_files(files, tmp_path, capsys):
     write_checkpoint(tmp_path / "toy", STUDENT)
     given = ["--ckpt", str(tmp_path / "toy"), "--prompt", "a red circle moving left", "--device", "cpu"]
     assert main([*given, "--vae_path", str(files.vae), "--save_path", str(tmp_path / "a.mp4")]) == 2
-    assert "which reads no file; leave out vae=" in capsys.readouterr().err
+    assert f"which reads no file; leave out vae={files.vae} (--vae_path)" in capsys.readouterr().err
     assert PieceFiles().vae is None
