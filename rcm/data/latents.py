@@ -51,8 +51,8 @@ def expand_pattern(pattern: str, *, knob: str = PATTERN_KNOB) -> list[Path]:
     for name in _expand_braces(rest, knob):
         matches = _matches(start + name)
         if not matches:
-            whole = f" (of {pattern!r})" if start + name != pattern else ""
-            raise ConfigError(f"no shard matches {start + name!r}{whole}; change {knob}")
+            part = f" (of {pattern!r})" if start + name != pattern else ""
+            raise ConfigError(f"no shard matches {start + name!r}{part}; change {knob}")
         files.extend(map(Path, matches))
     for path, whole in zip(files, each(Path.is_file, files), strict=True):
         if not whole:
