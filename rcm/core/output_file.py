@@ -21,9 +21,10 @@ _PROBE = bytes(4096)
 
 def is_file_of(target: Path, given: object) -> bool:
     """Whether `target` is the file or folder that `given` names, by any of its names, or the
-    description beside it.
+    description beside it, which files with a suffix have (`cpu` is no file, and has no cpu.json).
     """
-    for name in (str(given), f"{given}.json"):
+    given = str(given)
+    for name in (given, *([f"{given}.json"] if os.path.splitext(given)[1] else [])):
         with contextlib.suppress(OSError, ValueError):  # one of them is not there, or no name
             if os.path.realpath(target) == os.path.realpath(name) or os.path.samefile(target, name):
                 return True

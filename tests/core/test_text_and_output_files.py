@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
+from rcm.core.output_file import OutputFile, is_file_of
 from rcm.core.text_file import lines_of, read_lines, read_text
 from tests.hygiene.source import ROOT
 
@@ -91,6 +91,18 @@ def test_only_files_are_replaced(tmp_path):
         Path(tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(OSError, match="cannot write there: Permission denied"):
             OutputFile.claim(tmp_path / "locked" / "a.mp4")
+
+
+def test_a_file_has_many_names_and_a_word_none(tmp_path, monkeypatch):
+    """`--device cpu --report cpu.json` replaces nothing."""
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "a.pt"
+    made.write_text("")
+    (tmp_path / "soft").symlink_to(made), (tmp_path / "hard").hardlink_to(made)
+    for target, given in (("a.pt", made), ("soft", "a.pt"), (made, "hard"), ("hard", "./soft"), ("a.pt.json", made), ("b.pt", "b.pt")):
+        assert is_file_of(Path(target), given), (target, given)
+    for target, given in (("cpu.json", "cpu"), ("b.pt", made), ("a.pt", "x" * 5000), ("a.pt", "\0"), ("a.pt", "")):
+        assert not is_file_of(Path(target), given), (target, given)
 
 
 def test_a_folder_is_called_one(tmp_path):
