@@ -178,11 +178,6 @@ class AdaptedWeights(LazyWeights):
         self._rounded = DigestedWeights(base, dtype=getattr(torch, self.told["dtype"]))
 
     @property
-    def names(self) -> dict[str, str]:
-        """Key in the file of every factor."""
-        return {key: key for pair in self.pairs.values() for key in (pair.down, pair.up)}
-
-    @property
     def strength(self) -> float:
         """Factor of B A."""
         return self.described["alpha"] / self.described["rank"]

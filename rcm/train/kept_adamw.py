@@ -67,15 +67,11 @@ class KeptAdamW(torch.optim.Optimizer):
                 self._update(group, buckets_of(updated, self.bucket))
 
     def _update(self, group: dict[str, Any], buckets: Sequence[Sequence[Tensor]]) -> None:
-        names = [[self._kept_names(p) for p in bucket] for bucket in buckets]
-        kept = [
-            [
-                local(self.state[p][name])
-                for p, mine in zip(bucket, own, strict=True)
-                for name in mine
-            ]
-            for bucket, own in zip(buckets, names, strict=True)
+        states = [
+            [{k: v for k, v in self.state[p].items() if k != "step"} for p in bucket]
+            for bucket in buckets
         ]
+        kept = [[local(v) for state in own for v in state.values()] for own in states]
         device = local(buckets[0][0]).device
         draws = generator(
             seed=0,
@@ -87,17 +83,14 @@ class KeptAdamW(torch.optim.Optimizer):
 
         def visit(number: int, here: list[Tensor]) -> None:
             taken = iter(here)
-            states = [{name: next(taken) for name in mine} for mine in names[number]]
-            self._update_bucket(group, buckets[number], states, draws)
+            mine = [{name: next(taken) for name in state} for state in states[number]]
+            self._update_bucket(group, buckets[number], mine, draws)
 
         if self.host:
             passing(kept, visit, device=device)
         else:
             for number, here in enumerate(kept):
                 visit(number, here)
-
-    def _kept_names(self, p: Tensor) -> list[str]:
-        return [name for name in self.state[p] if name != "step"]
 
     def _update_bucket(
         self,
