@@ -200,7 +200,7 @@ def _module_of(name: str) -> ModuleType:
     candidates = [Path(name), inside / name]
     path = next((p.resolve() for p in candidates if p.is_file()), None)
     if path is None:
-        looked = " and ".join(dict.fromkeys(str(p.resolve()) for p in candidates))
+        looked = " and ".join(dict.fromkeys(str(p.absolute()) for p in candidates))
         raise ConfigError(f"--config={name}: no such file (looked at {looked})")
     if path.is_relative_to(inside / "rcm"):
         return importlib.import_module(".".join(path.relative_to(inside).with_suffix("").parts))

@@ -9,6 +9,7 @@ docs/reference/wan.md#files.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -232,9 +233,9 @@ def check_free(
     while `overwrite` is False, and for a folder with files that are not `ours` (nor what every
     folder of weights has).
     """
-    here = target.resolve()
+    here = Path(os.path.realpath(target))  # which takes links that lead in a circle
     for source in read:
-        there = source.resolve()
+        there = Path(os.path.realpath(source))
         if (
             is_file_of(target, source)
             or here in there.parents
