@@ -216,9 +216,10 @@ def config_of(
             " description)"
         )
     if wanted is not None and (wrong := _different(found, wanted)):
+        advice = f"--model_size {name}" if (name := preset_of(found)) else "the sizes that it has"
         raise CheckpointError(
             f"{file.path} holds {told_size(found)}, but {told_size(wanted)} was asked for"
-            f" ({wrong}); {_advice(found)}, or give the file that belongs to it"
+            f" ({wrong}); pass {advice}, or give the file that belongs to it"
         )
     if known is None and file.config is None and (whole := _cut_from(settled)):
         raise CheckpointError(
@@ -394,8 +395,3 @@ def _cut_from(found: WanConfig) -> str | None:
         ),
         None,
     )
-
-
-def _advice(found: WanConfig) -> str:
-    name = preset_of(found)
-    return f"pass --model_size {name}" if name else "pass the sizes that it has"
