@@ -18,66 +18,33 @@ from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec
 from rcm.rollout.recipe import SamplingRecipe
 
 
-def bounded(
+def stream_latents(
+    denoiser: VelocityModel, cond: Condition, recipe: SamplingRecipe, **options: Any
+) -> Iterator[tuple[int, Tensor]]:
+    """(block, x0 [B, C, frames, h, w] float32) of `stream_video` without a codec."""
+    for chunk in stream_video(denoiser, None, cond, recipe, **options):
+        yield chunk.block, chunk.latents
+
+
+def stream_video(
     denoiser: VelocityModel,
     codec: LatentCodec | None,
     cond: Condition,
     recipe: SamplingRecipe,
     *,
-    prefix: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> Session:
-    """A session over a video; `options` of `video_spec`."""
-    spec = video_spec(recipe, **options)
-    return Session(denoiser, codec, cond, spec, device=device, prefix=prefix)
-
-
-def video_spec(
-    recipe: SamplingRecipe,
-    *,
     shape: tuple[int, int, int, int, int],
     generator: torch.Generator,
-    **options: Any,
-) -> StreamSpec:
-    """A video of latent `shape` [B, C, T, h, w] with noise from `generator`; `options` of
-    `StreamSpec`.
-    """
-    batch, channels, frames, height, width = shape
-    return StreamSpec(
-        recipe,
-        (channels, height, width),
-        batch=batch,
-        num_frames=frames,
-        noise="video",
-        generator=generator,
-        **options,
-    )
-
-
-def stream_latents(
-    denoiser: VelocityModel, cond: Condition, recipe: SamplingRecipe, **options: Any
-) -> Iterator[tuple[int, Tensor]]:
-    """(block, x0 [B, C, frames, h, w] float32) of `bounded` without a codec."""
-    with bounded(denoiser, None, cond, recipe, **options) as session:
-        for chunk in session:
-            yield chunk.block, chunk.latents
-
-
-def stream_video(
-    denoiser: VelocityModel,
-    codec: LatentCodec,
-    cond: Condition,
-    recipe: SamplingRecipe,
-    *,
     prefix: Tensor | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Iterator[StreamedChunk]:
-    """The chunks of `bounded`, whose options are checked now, and which begins when the first chunk
-    is asked for; concatenated they equal the one-shot decode.
+    """The chunks of a video of latent `shape` [B, C, T, h, w] with noise from `generator`, by a
+    session that begins when the first chunk is asked for; `options` of `StreamSpec`, checked now.
+    Concatenated they equal the one-shot decode.
     """
-    spec = video_spec(recipe, **options)
+    batch, channels, frames, height, width = shape
+    sizes, latent = {"batch": batch, "num_frames": frames}, (channels, height, width)
+    spec = StreamSpec(recipe, latent, noise="video", generator=generator, **sizes, **options)
     spec.given(prefix, device=torch.device(device))
 
     def chunks() -> Iterator[StreamedChunk]:

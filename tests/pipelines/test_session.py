@@ -18,7 +18,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import at_frames
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamCancelled, StreamSpec
-from rcm.pipelines.streaming import bounded
+from rcm.pipelines.streaming import stream_video
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.frames import cached_frames
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -296,7 +296,7 @@ def test_first_frame_comes_alone(denoiser):
     def made(**options) -> list:
         generator, shape = torch.Generator().manual_seed(1), (2, 4, 6, HEIGHT, WIDTH)
         recipe = replace(RECIPE, pattern="c3-3")
-        return list(bounded(denoiser, None, condition(tiny_config()), recipe, shape=shape, generator=generator, **options))
+        return list(stream_video(denoiser, None, condition(tiny_config()), recipe, shape=shape, generator=generator, **options))
 
     whole, parts = made(), made(first_alone=True)
     assert [c.latents.shape[2] for c in parts] == [1, 2, 3] and [c.block for c in parts] == [0, 0, 1]
