@@ -33,7 +33,7 @@ class Card:
     node: int = 8  # cards of a node
     capability: tuple[int, int] = (9, 0)
     launch: float = 2.4e-3  # seconds that the host issues a block in
-    launch_ranks: float = 7.6e-3  # the same where ranks share parameters, and wait for the slowest
+    launch_ranks: float = 5.5e-3  # the same where ranks share parameters, and wait for the slowest
     measured: bool = False
 
 
