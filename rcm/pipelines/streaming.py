@@ -43,8 +43,9 @@ def stream_video(
     Concatenated they equal the one-shot decode.
     """
     batch, channels, frames, height, width = shape
-    sizes, latent = {"batch": batch, "num_frames": frames}, (channels, height, width)
-    spec = StreamSpec(recipe, latent, noise="video", generator=generator, **sizes, **options)
+    latent = (channels, height, width)
+    drawn: dict[str, Any] = {"noise": "video", "generator": generator}
+    spec = StreamSpec(recipe, latent, batch=batch, num_frames=frames, **drawn, **options)
     spec.given(prefix, device=torch.device(device))
 
     def chunks() -> Iterator[StreamedChunk]:
