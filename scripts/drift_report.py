@@ -27,6 +27,7 @@ from rcm.core.output_file import OutputFile
 from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_pixels import clip_of, colour, differences, flicker, sharpness
 from rcm.evaluation.report import write_report
+from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
 from rcm.pipelines.video_io import contact_sheet, iter_frames
@@ -189,11 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"two videos are called {', '.join(sorted(twice))}; write NAME=FILE with different"
             " names"
         )
-    if flags.window < 3 or not 0 < flags.fps < 1000:
-        raise ConfigError(
-            f"--window must be at least 3 frames and --fps positive, got {flags.window} and"
-            f" {flags.fps:g}"
-        )
+    check_numbers(flags)
+    if flags.window < 3:
+        raise ConfigError(f"--window {flags.window} must be at least 3 frames")
     check_device(flags.device)
     toy = None if flags.toy_prompt is None else toy_adherence(flags.toy_prompt)
     features = _features(flags.device) if flags.features else None

@@ -21,6 +21,14 @@ class Lost(NamedTuple):
     reader_gone: bool
 
 
+def printable_output() -> None:
+    """Names of files and prompts that standard output has no characters for are spelled out from
+    now on, not an error in the middle of the work.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def lost_output(error: BaseException | None = None) -> Lost | None:
     """What became of standard output, None while it can be written to; `error` is what was met
     while it may have been written to. Once it is lost, what is printed goes nowhere, so that the

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import rcm
-from rcm.core.standard_output import lost_output
+from rcm.core.standard_output import lost_output, printable_output
 from rcm.core.stop_signal import status_of, terminable
 from rcm.front.commands import COMMANDS, GROUPS, Command
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names none, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    printable_output()
     try:
         with terminable():
             status = _answer(words)

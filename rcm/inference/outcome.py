@@ -18,7 +18,7 @@ from rcm.core.device_copy import check_device as check_device
 from rcm.core.device_copy import out_of_memory as out_of_memory
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.core.output_file import OutputFile, is_file_of
-from rcm.core.standard_output import lost_output
+from rcm.core.standard_output import lost_output, printable_output
 from rcm.core.stop_signal import status_of, terminable
 from rcm.data.tar_index import ShardError
 from rcm.pipelines.video_io import VideoError
@@ -63,6 +63,7 @@ def exit_status(
     one sentence on stderr by the rank that may `tell`; 130 and one word after Ctrl-C, 143 after
     SIGTERM. What is logged from the level `log` on is short on stderr.
     """
+    printable_output()
     try:
         with terminable(), _short_log(log):
             status = work() or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 
 import pytest
 from loguru import logger
@@ -61,9 +62,11 @@ def test_how_commands_end(capsys):
         logger.info("quiet")
         logger.warning("of <{}> {}", 1, "{x}")
 
-    ends = (interrupted, exhausted, wrong, warns, lambda argv: None, lambda argv: 7)
+    ends = (interrupted, exhausted, wrong, warns, lambda argv: 0 * sys.stdout.write("caf\udce9\n"), lambda argv: 7)
     assert [command(main)([]) for main in ends] == [130, 2, 2, 0, 0, 7]
-    stopped, memory, refused, warned = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr()
+    assert said.out == "caf\\udce9\n"
+    stopped, memory, refused, warned = said.err.splitlines()
     assert warned == "warning: of <1> {x}"
     assert stopped == "stopped"
     assert memory.startswith("error: out of memory") and memory.endswith("; ask for less")

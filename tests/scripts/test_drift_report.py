@@ -89,7 +89,8 @@ def test_the_toy_world_scores_itself(tmp_path):
     [
         (["x=none.mp4"], "none.mp4"),
         (["FOLDER/steady.mp4", "steady=FOLDER/soft.mp4"], "two videos are called steady"),
-        (["FOLDER/steady.mp4", "--window", "2"], "--window must be at least 3"),
+        (["FOLDER/steady.mp4", "--window", "2"], "--window 2 must be at least 3"),
+        (["FOLDER/steady.mp4", "--window", "9" * 20], "--window 99999999999999999999 must be"),
         (["FOLDER/steady.mp4", "--window", "40"], "fewer than two windows of 40"),
         (["FOLDER/steady.mp4", "--toy_prompt", "a purple dragon"], "dragon|purple"),
     ],
