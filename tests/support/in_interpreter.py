@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from packaging.version import Version
 
 SECONDS = 600
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,9 +29,12 @@ _running: list[subprocess.Popen] = []
 
 def in_interpreter(module: str, *words: str) -> Any:
     """What `tests.support.<module>`, run with `words` under the interpreter, prints as JSON; skips
-    without Triton.
+    without Triton, and where its interpreter is older than numpy, which no longer makes a number of
+    an array of one.
     """
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
+        pytest.skip(f"Triton {triton.__version__} interprets with numpy before 2.4, here is {numpy.__version__}: pip install 'numpy<2.4'")
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
