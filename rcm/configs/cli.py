@@ -28,6 +28,7 @@ from rcm.data.tar_index import ShardError
 from rcm.parallel.agree import sentence, together
 from rcm.parallel.launch import is_first, launched_world
 from rcm.parallel.mesh import launch_group
+from rcm.parallel.threads import end_if_held
 from rcm.pipelines.video_io import VideoError
 
 _TOLD = (ConfigError, CheckpointError, ShardError, NonFinite, PeerGone, VideoError, OSError)
@@ -108,6 +109,8 @@ def _train(overrides: Sequence[str], registry: str) -> int:
     except _TOLD as error:
         if told := sentence(error):
             print(told, file=sys.stderr, flush=True)
+        if isinstance(error, PeerGone):
+            end_if_held(status)
         return status
     return 0
 

@@ -8,6 +8,7 @@ import atexit
 import gc
 import os
 import sys
+import threading
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ TOY_PARAMETERS = 20_000_000
 """A network with fewer is a toy: its tensors are too small to share among threads, which on a busy
 machine then wait for each other.
 """
+HELD = "waits for all ranks"
+"""Name of a thread that does, in collectives of its own."""
 ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -56,3 +59,15 @@ def _end_threads() -> None:
         if type(kept) is DeviceMesh:
             getattr(kept, "_pg_registry", {}).clear()
     gc.collect()
+
+
+def end_if_held(status: int) -> None:
+    """End the process at once, with all said and closed, where a `HELD` thread of it still waits.
+
+    The interpreter would wait for that thread, it for another rank, and that one for this: only
+    with the connections of this process closed do the others hear that it has ended.
+    """
+    if any(thread.name == HELD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

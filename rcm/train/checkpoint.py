@@ -32,6 +32,7 @@ from rcm.core.errors import CheckpointError, PeerGone
 from rcm.core.files import discard, put_in_place
 from rcm.parallel.agree import agree, is_lost_peer, on_first, shared, together
 from rcm.parallel.mesh import ParallelDims
+from rcm.parallel.threads import HELD
 from rcm.storage.dcp_folder import reason_of
 from rcm.storage.inside import pointed_at
 from rcm.train.continuity import Settings
@@ -98,27 +99,30 @@ class Checkpointer:
             for name, part in parts.items():
                 futures.append(_together(partial(write, name, part, unfinished), path=unfinished))
         except Exception as error:
-            _drain(futures)
+            self._begin(_drain, futures)
+            if not isinstance(error, PeerGone):  # what has begun may wait for the lost rank
+                self.settle()
             self._give_up(unfinished, error, group=None)
             raise
         if not self.asynchronous:
             self._finish_with(unfinished, final, description, problem=None, group=None)
             return final
         finishing = self._group("finish")
-        self._writer = threading.Thread(
-            target=self._finish,
-            args=(futures, unfinished, final, description, finishing),
-            name="checkpoint",
-            daemon=False,
-        )
-        self._writer.start()
+        self._begin(self._finish, futures, unfinished, final, description, finishing)
         return final
 
-    def settle(self) -> None:
-        """Block until no write is running. What went wrong in it is kept for `wait`."""
+    def _begin(self, action: Callable[..., None], *arguments: Any) -> None:
+        self._writer = threading.Thread(target=action, args=arguments, name=HELD)
+        self._writer.start()
+
+    def settle(self, *, seconds: float | None = None) -> None:
+        """Block until no write is running, or `seconds` are over. What went wrong in it is kept for
+        `wait`.
+        """
         if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+            self._writer.join(seconds)
+            if not self._writer.is_alive():
+                self._writer = None
 
     def wait(self) -> None:
         """Block until an asynchronous save has finished; raise what went wrong in it."""

@@ -22,7 +22,7 @@ from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.methods.base import Method
 from rcm.nets.attention_auto import leave_out, left_out
-from rcm.parallel.agree import together, union
+from rcm.parallel.agree import is_lost_peer, together, union
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.garbage import lasting_objects
@@ -41,6 +41,8 @@ SETTLING = 20
 call: a role's turn may come late."""
 
 
+LOST_SAVE = 10.0
+"""Seconds for a save in the background to end by itself after another rank has gone."""
 RELAYED = 5.0
 """Seconds after a SIGTERM in which another one is the same: a scheduler signals all processes of a
 job, and torchrun hands on to its ranks what it gets.
@@ -274,15 +276,21 @@ class Trainer:
     @contextmanager
     def _closing(self) -> Iterator[None]:
         with ExitStack() as ends:  # each comes, whatever another one raises
-            if self.checkpointer is not None:
-                # its collectives must not outlive the process group, whatever ended the run
-                ends.callback(self.checkpointer.settle)
+            ends.push(self._settle)
             for sink in self.sinks:
                 ends.callback(sink.close)
             for observer in self.observers:
                 if isinstance(observer, Ending):
                     ends.callback(observer.finished)
             yield
+
+    def _settle(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """A save's collectives must not outlive the process group, whatever ended the run. Where a
+        rank has gone they may wait for one that waits here: for so long, and no longer.
+        """
+        if self.checkpointer is not None:
+            lost = error is not None and is_lost_peer(error)
+            self.checkpointer.settle(seconds=LOST_SAVE if lost else None)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

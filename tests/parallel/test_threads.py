@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from rcm.core.errors import PeerGone
+from rcm.train import trainer
+from rcm.train.checkpoint import Checkpointer
 from rcm.train.trainer import Trainer
 from tests.integration.entry import launch, small
 from tests.support.dist import run_until_death
@@ -58,3 +61,39 @@ def test_no_thread_of_a_group_outlives_a_run(how: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         ended = [pool.submit(run_until_death, count_threads_at_the_end, rank, port, tmp_path / "job", how) for rank in range(2)]
     assert [rank.result() for rank in ended] == [40, 40]
+
+
+def lose_a_peer_in_a_save(job: Path, between: bool) -> None:
+    """A save waits for ranks that wait for this one, when it is heard that another has gone: in the
+    next iteration, or `between` two parts of it.
+    """
+    log = Trainer._log
+
+    def ends(run: Trainer) -> None:
+        log(run)
+        if run.state.iteration == 2:
+            raise PeerGone("another rank ended")
+
+    def writes(_: Checkpointer, name: str, *__: object) -> Future:
+        if name != "model":
+            raise PeerGone("another rank ended")
+        future = Future()
+        threading.Thread(target=future.result).start()
+        return future
+
+    trainer.LOST_SAVE = 0.1
+    if between:
+        Checkpointer._write_later = writes
+    else:
+        Trainer._log, Checkpointer._finish = ends, lambda *_: threading.Event().wait()
+    words = ("checkpoint.save_iter=1", "checkpoint.dcp_async_mode_enabled=True")
+    launch("experiment=toy_tf_c3-3", *small(job), *words)
+    os._exit(3)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("between", [False, True])
+def test_a_save_that_cannot_end_holds_nobody(between: bool, tmp_path: Path) -> None:
+    """Ranks that each wait for another one's save would do so for half an hour."""
+    assert run_until_death(lose_a_peer_in_a_save, tmp_path / "job", between, timeout=60) == 1
+    assert not list((tmp_path / "job").glob("running.lock"))

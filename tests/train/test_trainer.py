@@ -225,7 +225,7 @@ def test_one_observer_that_fails_keeps_none_waiting(tmp_path: Path, warned: list
     trainer = launch(tmp_path, max_iter=3, observers=[At(1, one) for one in seen])
     closed = SimpleNamespace(write=lambda *_: None, close=full)
     trainer.sinks, settle = (closed,), trainer.checkpointer.settle
-    trainer.checkpointer.settle = lambda: (called.append("settle"), settle())[1]
+    trainer.checkpointer.settle = lambda **limit: (called.append("settle"), settle(**limit))[1]
     with pytest.raises(OSError, match="No space left"):
         trainer.run()
     assert called == ["gather", "settle"]
