@@ -30,6 +30,7 @@ import torch
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
+from rcm.core.output_file import require_expanded
 from rcm.core.rng import require_seed
 from rcm.evaluation.vbench_images import placed_crops, placed_list, require_images, with_images
 from rcm.evaluation.vbench_manifest import beside
@@ -154,9 +155,11 @@ def run(flags: argparse.Namespace) -> None:
     items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
     parent = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
     folder = flags.output_dir or parent / output_name(flags)
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require_expanded(folder, f"--output_dir {folder}")
+    parents = (folder, *folder.absolute().parents)
+    place = next(path for path in parents if os.path.lexists(path))
     if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "cannot be written to" if place.is_dir() else "is a file"
+        what = "cannot be written to" if place.is_dir() else "is no folder"
         raise ConfigError(f"--output_dir {folder}: {place} {what}; choose another folder")
     job = SuiteRun(
         items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=image_folder(flags)

@@ -31,6 +31,15 @@ def is_file_of(target: Path, given: object) -> bool:
     return False
 
 
+def require_expanded(path: str | Path, named: str) -> None:
+    """`ConfigError` for a name that begins with ~, which no shell expands behind a '=' or in
+    quotes; `named` is what the sentence calls it.
+    """
+    if str(path) == "~" or str(path).startswith("~/"):
+        home = os.path.expanduser(str(path))
+        raise ConfigError(f"{named} would be in a folder called ~; write {home}")
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """`path` is absolute, links followed; `given` as the user wrote it, for messages. Made by
@@ -55,9 +64,7 @@ class OutputFile:
         text, named = str(given), f"{knob} {str(given)!r}" if knob else f"{str(given)!r}"
         if not text.strip() or "\0" in text:
             raise ConfigError(f"{named} is no name of a file")
-        if text.startswith("~/"):  # no shell expands it behind a '=' or in quotes
-            home = os.path.expanduser(text)
-            raise ConfigError(f"{named} would be in a folder called ~; write {home}")
+        require_expanded(text, named)
         try:
             text.encode()
         except UnicodeEncodeError as error:

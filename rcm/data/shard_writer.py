@@ -16,6 +16,7 @@ from loguru import logger
 
 from rcm.core.errors import ConfigError, first_line
 from rcm.core.files import discard, sole_writer, writing
+from rcm.core.output_file import require_expanded
 from rcm.data.set_index import MANY, record_shards
 from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, scan_shard, write_index
 
@@ -251,6 +252,7 @@ def _short(value: object, room: int = 160) -> str:
 def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
     manifest, temporary = folder / MANIFEST, folder / f".{MANIFEST}.partial"
     wanted = json.loads(json.dumps(recipe))
+    require_expanded(folder, f"the output folder {folder}")
     with writing(folder, "cannot write to the output folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.is_file():

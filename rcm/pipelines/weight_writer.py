@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile, is_file_of
+from rcm.core.output_file import OutputFile, is_file_of, require_expanded
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
 from rcm.nets.wan.published_config import published_settings
@@ -229,10 +229,11 @@ def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None) ->
 def check_free(
     target: Path, *, overwrite: bool, ours: Callable[[str], bool], read: Iterable[Path]
 ) -> None:
-    """Raise `ConfigError` for a target that is, holds or is part of what is `read`, that exists
-    while `overwrite` is False, and for a folder with files that are not `ours` (nor what every
-    folder of weights has).
+    """Raise `ConfigError` for a target that is, holds or is part of what is `read`, that is in a
+    folder called ~, that exists while `overwrite` is False, and for a folder with files that are
+    not `ours` (nor what every folder of weights has).
     """
+    require_expanded(target, f"{target}")
     here = Path(os.path.realpath(target))  # which takes links that lead in a circle
     for source in read:
         there = Path(os.path.realpath(source))

@@ -347,7 +347,11 @@ def test_killed_and_resumed_on_one_rank_and_on_two(tmp_path: Path) -> None:
         (["--no_augmented_prompt", "--chunk_t", "3"], "--chunk_t would have no effect"),
         (["--no_augmented_prompt", "--arch", "bidirectional"], "is causal"),
         (["--no_augmented_prompt", "--num_samples", "0"], "--num_samples 0 must be at least 1"),
-        (["--no_augmented_prompt", "--output_dir", str(Path(__file__) / "x")], "test_vbench_sampling.py is a file; choose another folder"),
+        (
+            ["--no_augmented_prompt", "--output_dir", str(Path(__file__) / "x")],
+            "test_vbench_sampling.py is no folder; choose another folder",
+        ),
+        (["--no_augmented_prompt", "--output_dir", "~/videos"], "--output_dir ~/videos would be in a folder called ~; write /"),
     ],
 )
 def test_flags_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], told: str) -> None:

@@ -115,6 +115,7 @@ def test_wrong_calls_write_nothing(tmp_path, capsys):
         (("convert", tmp_path / "cut.pth", tmp_path / "x.pth"), 1, "cut.pth cannot be read"),
         (("convert", source, tmp_path / "x.bin"), 2, "cannot tell what"),
         (("convert", source, tmp_path / "there.pth"), 2, "exists; pass --overwrite"),
+        (("convert", source, "~/new"), 2, "would be in a folder called ~; write /"),
         (("convert", source, tmp_path / "x.pth", "--expect", "1.3B"), 1, "but 1.3B of 30 layers"),
         (("convert", source, tmp_path / "x.pth", "--weights", "fake_score"), 1, "no net_fake_score.* weights"),
         (("convert", source, tmp_path / "x.pth", "--lora", f"{source}:much"), 2, "'much' is no number"),

@@ -194,6 +194,15 @@ FAULTS = [
     hurt(merge_shards.main, "two codecs", "built for different codec", two_codecs, "FOLDER/{toy,natural}/*.tar", "--out", "FOLDER/out"),
     hurt(merge_shards.main, "into itself", "lies in the output folder.*another --out", PAIR, "FOLDER/set/*.tar", "--out", "FOLDER/set"),
     hurt(merge_shards.main, "nothing there", "no shard matches .*change the pattern", PAIR, "FOLDER/none/*.tar", "--out", "FOLDER/out"),
+    hurt(
+        merge_shards.main,
+        "home that no shell expands",
+        "would be in a folder called ~; write /",
+        PAIR,
+        "FOLDER/set/*.tar",
+        "--out",
+        "~/out",
+    ),
     hurt(merge_shards.main, "no size", "shard-size=0 must be in 1", PAIR, "FOLDER/set/*.tar", "--out", "FOLDER/out", "--shard_size", "0"),
     hurt(merge_shards.main, "into a file", "is a file; change --out", PAIR, "FOLDER/set/*.tar", "--out", "FOLDER/set/shard-000000.tar"),
     hurt(
