@@ -34,24 +34,11 @@ from rcm.pipelines.wan_sizes import FrameSize
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
 from tests.support.dist import run_ranks
-from tests.support.tiny_wan_files import PROMPT, WanFiles, dit, expect_a_tiny_vae, tiny_codec, write_wan_files
+from tests.support.tiny_wan_files import PROMPT, WanFiles, dit, expect_a_tiny_vae, tiny_codec
 
 PLAIN, CODED, LONG = "wan2pt1_t2v_causal_infer", "wan2pt1_t2v_causal_quant_infer", "wan2pt1_t2v_causal_extrapolation_infer"
 DEFAULTS = {PLAIN: CAUSAL, CODED: QUANT, LONG: EXTRAPOLATION}
 FEW = ("--distilled", "--num_steps", "2")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> WanFiles:
-    made = write_wan_files(tmp_path_factory.mktemp("checkpoints"))
-    pixels = torch.randint(0, 256, (20, 40, 3), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(made.folder / "first.png")
-    return made
-
-
-@pytest.fixture(autouse=True)
-def _tiny_vae(monkeypatch) -> None:
-    expect_a_tiny_vae(monkeypatch)
 
 
 def sample(command: str, files: WanFiles, out: Path, *flags: str) -> int:

@@ -17,7 +17,7 @@ from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.streaming import stream_latents
 from rcm.pipelines.video_io import probe
 from tests.support.tiny_checkpoint import STUDENT, write_checkpoint
-from tests.support.tiny_wan_files import PROMPT, WanFiles, dit, expect_a_tiny_vae, tiny_codec, write_wan_files
+from tests.support.tiny_wan_files import PROMPT, WanFiles, dit, tiny_codec, write_wan_files
 
 SHAPE = (1, 16, 6, 4, 6)
 
@@ -25,11 +25,6 @@ SHAPE = (1, 16, 6, 4, 6)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> WanFiles:
     return write_wan_files(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(autouse=True)
-def _tiny_vae(monkeypatch) -> None:
-    expect_a_tiny_vae(monkeypatch)
 
 
 def job(folder: Path, *, vae: str, text: str) -> Path:

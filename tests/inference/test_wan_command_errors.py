@@ -18,7 +18,7 @@ from PIL import Image
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.inference import wan_command, wan_models
 from rcm.inference.wan_command import wan_main
-from tests.support.tiny_wan_files import WanFiles, dit, expect_a_tiny_vae, original_layout, write_wan_files
+from tests.support.tiny_wan_files import WanFiles, dit, original_layout, write_wan_files
 
 RCM, DIFFUSION, I2V_RCM, I2V_DIFFUSION = (
     "wan2pt1_t2v_rcm_infer",
@@ -90,11 +90,6 @@ def files(tmp_path_factory) -> WanFiles:
     (made.folder / "cut.pt").write_bytes(made.dit.read_bytes()[: made.dit.stat().st_size // 2])
     torch.save(original_layout(dit(in_dim=36)), made.folder / "image_network.pth")
     return made
-
-
-@pytest.fixture(autouse=True)
-def _tiny_vae(monkeypatch) -> None:
-    expect_a_tiny_vae(monkeypatch)
 
 
 def run(command: str, *flags: str) -> int:

@@ -23,22 +23,9 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.video_io import probe, read_mp4
 from rcm.pipelines.wan_sizes import FrameSize
 from tests.support.dist import run_ranks
-from tests.support.tiny_wan_files import PROMPT, WanFiles, dit, expect_a_tiny_vae, original_layout, tiny_codec, write_wan_files
+from tests.support.tiny_wan_files import PROMPT, WanFiles, dit, expect_a_tiny_vae, original_layout, tiny_codec
 
 COMMANDS = ("wan2pt1_t2v_rcm_infer", "wan2pt1_t2v_diffusion_infer", "wan2pt2_i2v_rcm_infer", "wan2pt2_i2v_diffusion_infer")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> WanFiles:
-    made = write_wan_files(tmp_path_factory.mktemp("checkpoints"))
-    pixels = torch.randint(0, 256, (20, 40, 3), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(made.folder / "first.png")
-    return made
-
-
-@pytest.fixture(autouse=True)
-def _tiny_vae(monkeypatch) -> None:
-    expect_a_tiny_vae(monkeypatch)
 
 
 def own_flags(command: str, files: WanFiles) -> list[str]:

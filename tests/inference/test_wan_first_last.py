@@ -26,7 +26,7 @@ from rcm.pipelines.wan_sizes import FrameSize
 from tests.encoders.test_clip_vision import random_clip
 from tests.faults.case import Fault, each
 from tests.support.tiny_nets import tiny_net
-from tests.support.tiny_wan_files import PROMPT, SIZES, WanFiles, expect_a_tiny_vae, original_layout, tiny_codec, write_wan_files
+from tests.support.tiny_wan_files import PROMPT, SIZES, WanFiles, original_layout, tiny_codec, write_wan_files
 
 TOKENS = 17
 """Of one image through the tiny CLIP."""
@@ -48,11 +48,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> WanFiles:
         torch.save(original_layout(network(images=images)), made.folder / f"wan{images}.pth")
     torch.save(random_clip(), made.folder / "clip.pth")
     return made
-
-
-@pytest.fixture(autouse=True)
-def _tiny_vae(monkeypatch: pytest.MonkeyPatch) -> None:
-    expect_a_tiny_vae(monkeypatch)
 
 
 def words(files: WanFiles, *, images: int, network: int | str | None = None) -> list[str]:
