@@ -110,7 +110,8 @@ sample  scripts.vbench_sample: make the videos of a suite of prompts, and go on 
     ended
   rcm vbench sample --dit_path outputs/demo/runs/sf_dmd_c3-3 --no_augmented_prompt --max_prompts 20
 score  scripts.vbench_score: run VBench over sampled videos, and tabulate its results
-  rcm vbench score --videos_path outputs/vbench --ngpus 8
+  rcm vbench score --videos_path outputs/vbench/videos_described_as_trained_sf_dmd_c3-3_seed0
+    --ngpus 8
 """)
 
 BENCH = _commands("""

@@ -221,8 +221,10 @@ def links(device: torch.device) -> Iterator[Finding]:
     world = dist.get_world_size()
     part = torch.ones(PAYLOAD // 4, device=device)
     whole = torch.empty(world * part.numel(), device=device)
+    # the latter warns of the former's name from torch 2.13 on
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     calls: dict[str, tuple[Callable[[], object], float]] = {
-        "all-gather": (lambda: dist.all_gather_into_tensor(whole, part), (world - 1) * PAYLOAD),
+        "all-gather": (lambda: gather(whole, part), (world - 1) * PAYLOAD),
         "all-reduce": (lambda: dist.all_reduce(part), 2 * (world - 1) / world * PAYLOAD),
     }
     if device.type == "cuda":

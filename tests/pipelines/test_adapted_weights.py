@@ -71,13 +71,14 @@ def test_what_is_read_is_what_trained(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["job", *LAYOUTS.values(), "exported.pt"])
-def test_every_form_streams_what_the_merged_network_streams(folder: Path, name: str) -> None:
+def test_every_form_streams_what_the_merged_network_streams(folder: Path, name: str, warned: list[str]) -> None:
     truth = rcm.load(folder / "merged.safetensors", device="cpu").generate(PROMPT)[0]
     found = rcm.load(folder / name, weights="reg", device="cpu").generate(PROMPT)[0]
     assert torch.equal(found, truth)
     report = inspect_weights(folder / name)
     assert report.ok and f"rank {RANK}, alpha {ALPHA:g}" in report.family and str(folder / "base") in report.description
     assert report.uses[0].startswith("stream it: rcm stream --ckpt")
+    assert not any("nothing here reads" in line for line in warned)
 
 
 @pytest.mark.parametrize("name", ["job", *LAYOUTS.values(), "exported.pt"])
