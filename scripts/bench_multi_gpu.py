@@ -134,7 +134,7 @@ def read_truth(path: Path) -> dict[str, dict[str, Tensor]]:
     if not path.is_file():
         raise ConfigError(
             f"--truth {path} is not there; write it first, on one rank with the same flags:"
-            f" torchrun --nproc_per_node=1 -m scripts.bench_multi_gpu --truth"
+            f" torchrun --nproc_per_node=1 -m rcm bench multi-gpu --truth"
             f" {shlex.quote(str(path))}"
         )
     truth: dict[str, dict[str, Tensor]] = {}

@@ -176,7 +176,7 @@ def command_line(found: Prediction, levers: Found, overrides: Sequence[str]) -> 
     each = max(each for each in range(1, node + 1) if ranks % each == 0)  # as many on every machine
     machines = "" if each == ranks else f"--nnodes={ranks // each} "
     words = shlex.join([*kept_words(overrides, chosen), *chosen])
-    return f"torchrun {machines}--nproc_per_node={each} -m scripts.train {words}"
+    return f"torchrun {machines}--nproc_per_node={each} -m rcm train {words}"
 
 
 def print_proposal(levers: Found, search: Search, overrides: Sequence[str]) -> None:

@@ -207,9 +207,7 @@ def _score_videos(flags: argparse.Namespace, suite: Suite, results: Path) -> boo
 
 def _tell(launch: Launch, wanted: Sequence[str], lost: Mapping[str, Sequence[str]]) -> None:
     """What would run, and what it lacks."""
-    python = (
-        "there" if launch.python.is_file() else "MISSING: python -m scripts.vbench_env makes it"
-    )
+    python = "there" if launch.python.is_file() else "MISSING: rcm vbench env makes it"
     print(f"# Python of VBench's environment {launch.python}: {python}")
     variables = " ".join(
         f"{key}={shlex.quote(value)}" for key, value in launch.environment().items()

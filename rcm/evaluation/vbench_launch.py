@@ -108,8 +108,8 @@ class Launch:
         """Score one dimension; `ConfigError` quotes VBench where it leaves no result."""
         if not self.python.is_file():
             raise ConfigError(
-                f"no Python of a VBench environment at {self.python}; make one with `python -m"
-                " scripts.vbench_env`, or name one with --vbench_python"
+                f"no Python of a VBench environment at {self.python}; make one with `rcm"
+                " vbench env`, or name one with --vbench_python"
             )
         if (
             self.suite == "i2v"

@@ -141,9 +141,8 @@ def _help(line: str, command: Command) -> str:
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
         load_main(command)([*command.given, "--help"])
-    text = told.getvalue().replace(
-        f"python -m {command.module} {' '.join(command.given)}".rstrip(), line
-    )
+    module = f"-m {command.module} {' '.join(command.given)}".rstrip()
+    text = told.getvalue().replace(f"python {module}", line).replace(module, f"-m {line}")
     _, colon, usage = text.partition(": ")
     called = usage.split(" [")[0].split("\n")[0]
     usage = _usage(usage, called, line) if colon else text

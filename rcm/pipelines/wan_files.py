@@ -159,7 +159,7 @@ def _adapted(
     if not Path(where).exists():
         raise CheckpointError(
             f"{file.path} holds adapters on the weights of {where}, and there is no {where} here;"
-            f" make one network of both: python -m scripts.checkpoint convert"
+            f" make one network of both: rcm checkpoint convert"
             f" {typed(file.path)} TARGET --base PATH"
         )
     if above == MOST_ADAPTERS:

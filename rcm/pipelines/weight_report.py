@@ -261,7 +261,7 @@ def _lora_report(
         )
     except CheckpointError as error:
         return WeightsReport(family="low-rank update (LoRA)", problem=str(error), **common)
-    use = f"python -m scripts.checkpoint convert BASE TARGET --lora {typed(file.path)}"
+    use = f"rcm checkpoint convert BASE TARGET --lora {typed(file.path)}"
     return WeightsReport(family=family, uses=(f"merge it: {use}",), **common)
 
 
@@ -287,7 +287,7 @@ def _adapters_report(
         return WeightsReport(problem=str(error).removeprefix(f"{file.path} "), **common)
     streamed = stream_command(path, description)
     uses = (f"stream it: {streamed}",) if streamed else ()
-    convert = f"python -m scripts.checkpoint convert {typed(path)} TARGET"
+    convert = f"rcm checkpoint convert {typed(path)} TARGET"
     return WeightsReport(
         uses=(
             *uses,

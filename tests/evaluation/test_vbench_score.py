@@ -276,7 +276,7 @@ def test_failures_of_vbench_are_told(stand_in: Path, capsys: pytest.CaptureFixtu
     assert score(stand_in, "--dimension", "color", "--partial") == 2
     assert "VBench failed on color (exit status 1): ZeroDivisionError: no videos" in capsys.readouterr().err
     assert main(["--videos_path", str(stand_in / "v"), "--vbench_python", str(stand_in / "no"), "--dimension", "color", "--partial"]) == 2
-    assert "make one with `python -m scripts.vbench_env`" in capsys.readouterr().err
+    assert "make one with `rcm vbench env`" in capsys.readouterr().err
 
 
 def test_dry_run_lists_commands_and_files(stand_in: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,7 +4,9 @@ answered in one sentence.
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -37,6 +39,15 @@ def test_every_entry_point_has_a_word() -> None:
     assert not missing
 
 
+def test_advice_names_no_module_that_an_installed_wheel_lacks() -> None:
+    """`scripts` is `rcm._scripts` there: sentences say `rcm WORD`."""
+    for path in [*(ROOT / "rcm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr | ast.Call | ast.BinOp):
+                texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                assert not any(re.search(r"-m scripts\.\w+ ", text) for text in texts), f"{path}:{node.lineno}"
+
+
 def test_help_is_quick_and_needs_no_torch() -> None:
     code = "import sys, rcm.front.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
     before = os.times()
@@ -50,6 +61,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 def test_each_command_tells_its_own_name(line: str, command: Command, capsys) -> None:
     assert cli.main([*shlex.split(line)[1:], "--help"]) == 0
     said = capsys.readouterr().out
+    assert "-m scripts." not in said
     assert said.startswith(f"{line}: {command.does}\n")
     assert f"\nusage: {line} " in said or f"\nusage: {line}\n" in said
     assert all(f"  {example}\n" in said for example in command.examples)

@@ -173,7 +173,7 @@ def test_the_fused_feed_forward_steps_aside(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_other_layers_are_refused_by_name() -> None:
     net = adapted()
-    with pytest.raises(ConfigError, match="low-rank adapters has no FP8 products.*scripts.checkpoint convert"):
+    with pytest.raises(ConfigError, match="low-rank adapters has no FP8 products.*rcm checkpoint convert"):
         quantise_linears_(net)
     with pytest.raises(ConfigError, match=r"blocks.0.self_attn.q is a AdaptedLinear, which takes no low-rank adapters"):
         attach(net, LAYERS, roles=ROLES, rank=1, alpha=1.0)

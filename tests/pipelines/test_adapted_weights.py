@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a base that is gone": (
         lambda a: a["bases"]["student"].update(path="/nowhere/base"),
         r"on the weights of /nowhere/base, and there is no /nowhere/base here; make one network of both: "
-        r"python -m scripts.checkpoint convert .+ TARGET --base PATH",
+        r"rcm checkpoint convert .+ TARGET --base PATH",
     ),
     "a random base": (lambda a: a["bases"]["student"].update(path=None), r"adapters on a random start, which was never saved"),
 }

@@ -145,8 +145,8 @@ def test_the_smallest_machine_and_its_command(tmp_path, capsys) -> None:
     assert [row["fits"] for row in rows] == [False] * (len(rows) - 1) + [True]
     assert (rows[-1]["gpus"], rows[-1]["gpu"]) == (1, "rtx4090")
     line = re.search(r"train so:\n +(torchrun .*)\n", told).group(1)
-    _, ranks, _, module, *words = shlex.split(line)
-    assert (ranks, module) == ("--nproc_per_node=1", "scripts.train")
+    start, words = shlex.split(line)[:5], shlex.split(line)[5:]
+    assert start == ["torchrun", "--nproc_per_node=1", "-m", "rcm", "train"]
     run = compose_run(words, world_size=1, require_inputs=False)
     found = predict(plan_job(run, ranks=1), card("rtx4090"))
     assert found.fits and found.peak == pytest.approx(rows[-1]["peak_bytes"])
@@ -171,7 +171,7 @@ def test_words_that_the_layout_replaces_are_not_told_twice(capsys) -> None:
 @pytest.mark.parametrize(("ranks", "machines"), [(8, None), (12, "--nnodes=2")])
 def test_the_command_starts_as_many_ranks_with_the_same_registry(capsys, monkeypatch, ranks: int, machines: str | None) -> None:
     assert main(["--config=rcm.configs.registry_distill", "experiment=toy_tf_c3-3", f"gpus={ranks}"]) == 0
-    line = re.search(r"train so:\n +torchrun (.*) -m scripts.train (.*)\n", capsys.readouterr().out)
+    line = re.search(r"train so:\n +torchrun (.*) -m rcm train (.*)\n", capsys.readouterr().out)
     counts = dict(word.split("=") for word in line[1].split())
     assert int(counts.pop("--nproc_per_node")) * int(counts.get("--nnodes", 1)) == ranks
     assert line[1].startswith(machines or "--nproc_per_node")

@@ -95,7 +95,7 @@ def quantise_linears_(
     if is_adapted(net):
         raise ConfigError(
             "a network with low-rank adapters has no FP8 products, which would leave the adapters"
-            " out; merge them into its weights first (python -m scripts.checkpoint convert)"
+            " out; merge them into its weights first (rcm checkpoint convert)"
         )
     if is_quantised(net):
         raise ConfigError(
