@@ -14,9 +14,10 @@ import torch
 from rcm.core.errors import ConfigError
 
 _ADVICE = "start several ranks with torchrun"
-KNOWN_WITHIN = 5.0
-"""Seconds in which the name of the machine where ranks meet must be found: servers of names fail
-for a moment when many ranks ask at once.
+KNOWN_WITHIN, TOLD_AFTER = 60.0, 5.0
+"""Seconds in which the name of the machine where ranks meet must be found, and after which it is
+told that it is not: a container's name is there when it has started, which may be after this one,
+and servers of names remember for up to half a minute that there was none.
 """
 
 
@@ -104,18 +105,28 @@ def meeting_place() -> tuple[str, int]:
     address, port = os.environ["MASTER_ADDR"], launch_number("MASTER_PORT", 0)
     if not 0 < port < 2**16:
         raise ConfigError(f"MASTER_PORT={port} must be a port, from 1 to {2**16 - 1}; {_ADVICE}")
-    deadline = time.monotonic() + KNOWN_WITHIN
+    begun, told = time.monotonic(), False
     while True:
         try:
             socket.getaddrinfo(address, port)
             return address, port
         except (OSError, UnicodeError) as error:
-            if time.monotonic() >= deadline:
+            waited, reason = time.monotonic() - begun, getattr(error, "strerror", None) or error
+            # neither a name with a colon nor one that cannot be asked for will ever be known
+            if waited >= KNOWN_WITHIN or ":" in address or isinstance(error, UnicodeError):
                 raise ConfigError(
                     f"environment variable MASTER_ADDR={address!r} is no address of a machine that"
-                    f" this one can find ({getattr(error, 'strerror', None) or error}); give the"
-                    " name or number of the machine of rank 0, without a port"
+                    f" this one can find ({reason}); give the name or number of the machine of"
+                    " rank 0, without a port"
                 ) from error
+            if waited >= TOLD_AFTER and not told:
+                from loguru import logger  # which not all have that import this
+
+                told = True
+                logger.warning(
+                    "MASTER_ADDR={} is not known here yet ({}); waiting {:g} s for its machine",
+                    address, reason, KNOWN_WITHIN,
+                )  # fmt: skip
         time.sleep(0.5)
 
 

@@ -5,6 +5,7 @@ before it does.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import sys
@@ -68,6 +69,7 @@ def end_if_held(status: int) -> None:
     with the connections of this process closed do the others hear that it has ended.
     """
     if any(thread.name == HELD for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for said in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                said.flush()
         os._exit(status)

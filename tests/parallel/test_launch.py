@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,27 @@ def test_where_nobody_can_meet_is_told_at_once(environ, monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "KNOWN_WITHIN", 0)
     with pytest.raises(ConfigError, match=re.escape(told)), process_group("cpu"):
         pass
+
+
+def test_a_machine_that_comes_later_is_waited_for(environ, monkeypatch: pytest.MonkeyPatch, warned: list[str]) -> None:
+    """Names of containers are known when these have started; what cannot be a name never is."""
+    environ(RANK="1", WORLD_SIZE="2", MASTER_ADDR="later", MASTER_PORT="29500")
+    clock, begun = iter(range(0, 1000, 7)), []
+
+    def look_up(*place: object) -> None:
+        begun.append(place)
+        if len(begun) < 5:
+            raise socket.gaierror(socket.EAI_NONAME, "not known")
+
+    monkeypatch.setattr(launch.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    assert launch.meeting_place() == ("later", 29500)
+    assert len(warned) == 1 and "MASTER_ADDR=later is not known here yet (not known)" in warned[0]
+    begun.clear()
+    environ(RANK="1", WORLD_SIZE="2", MASTER_ADDR="later:29500", MASTER_PORT="29500")
+    with pytest.raises(ConfigError, match="without a port"):
+        launch.meeting_place()
+    assert len(begun) == 1
 
 
 def test_a_port_that_somebody_has_is_told_at_once(environ) -> None:
