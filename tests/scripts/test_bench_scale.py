@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from argparse import Namespace
 from pathlib import Path
 
@@ -331,5 +332,8 @@ def test_commands_that_need_no_gpu(capsys) -> None:
             assert main(words) == 2 and told in capsys.readouterr().err
 
 
-def test_multicast_is_off_before_any_group_is_made() -> None:
+def test_multicast_is_off_before_any_group_is_made(monkeypatch) -> None:
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "")  # as another test may leave it
+    monkeypatch.delenv("NCCL_NVLS_ENABLE")
+    runpy.run_path(bench_scale.__file__)
     assert os.environ["NCCL_NVLS_ENABLE"] == "0"
