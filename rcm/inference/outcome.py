@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,24 +36,25 @@ class OutOfMemory(ConfigError):
 USER_ERRORS = (ConfigError, CheckpointError, NonFinite, VideoError, ShardError, PeerGone, OSError)
 
 
-@contextlib.contextmanager
-def _short_log(level: str) -> Iterator[None]:
-    """Inside, log lines from `level` on are for reading, "warning: ..." on stderr, in place of
-    loguru's own; what progress says goes to stdout.
+_handler = 0
+"""Of loguru, at first its own: what a command has in its place, and leaves to who called it."""
+
+
+def _short_log(level: str) -> None:
+    """Log lines from `level` on are for reading from now on, "warning: ..." on stderr; what
+    progress says goes to stdout.
     """
+    global _handler
     with contextlib.suppress(ValueError):  # taken away before
-        logger.remove(0)
+        logger.remove(_handler)
 
     def short(record: Record) -> str:
         level = record["level"].name
         return f"{'' if level == 'INFO' else f'{level.lower()}: '}{{message}}\n"
 
-    mine = logger.add(lambda line: print(line, end="", file=sys.stderr), level=level, format=short)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            logger.remove(mine)
+    _handler = logger.add(
+        lambda line: print(line, end="", file=sys.stderr), level=level, format=short
+    )
 
 
 def exit_status(
@@ -64,8 +65,9 @@ def exit_status(
     SIGTERM. What is logged from the level `log` on is short on stderr.
     """
     printable_output()
+    _short_log(log)
     try:
-        with terminable(), _short_log(log):
+        with terminable():
             status = work() or 0
         lost = lost_output()
         if lost is None or status:

@@ -64,10 +64,11 @@ def test_how_commands_end(capsys):
 
     ends = (interrupted, exhausted, wrong, warns, lambda argv: 0 * sys.stdout.write("caf\udce9\n"), lambda argv: 7)
     assert [command(main)([]) for main in ends] == [130, 2, 2, 0, 0, 7]
+    logger.warning("to who called it")
     said = capsys.readouterr()
     assert said.out == "caf\\udce9\n"
-    stopped, memory, refused, warned = said.err.splitlines()
-    assert warned == "warning: of <1> {x}"
+    stopped, memory, refused, *warned = said.err.splitlines()
+    assert warned == ["warning: of <1> {x}", "warning: to who called it"]
     assert stopped == "stopped"
     assert memory.startswith("error: out of memory") and memory.endswith("; ask for less")
     assert refused == "error: one knob caf\\udce9"
