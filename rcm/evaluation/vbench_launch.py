@@ -154,7 +154,7 @@ def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> 
             f"{launch.view}, where links to the videos go, is the folder of the videos itself; name"
             " another folder of results with --result_dir"
         )
-    wanted = {path.name: path.resolve() for path in videos.glob("*.mp4")}
+    wanted = {path.name: Path(os.path.realpath(path)) for path in videos.glob("*.mp4")}
     there = {path.name: path.readlink() for path in launch.view.iterdir() if path.is_symlink()}
     if there != wanted:
         for name in (*CUT, *(name for name in there if wanted.get(name) != there[name])):
