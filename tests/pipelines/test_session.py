@@ -271,8 +271,10 @@ def test_the_last_chunk_ends_it(denoiser):
     assert [session.step() is None for _ in range(4)] == [False, False, True, True] and session.ended
 
 
-def test_a_closed_session_with_a_decoder_holds_nothing_and_may_be_closed_again(denoiser):
+def test_a_closed_session_with_a_decoder_holds_nothing_and_may_be_closed_again(denoiser, monkeypatch):
     session = opened(denoiser, spec(num_frames=3), codec=ToyCodec())
+    monkeypatch.setattr(type(ToyCodec().stream()), "num_bytes", lambda _: 7)
+    assert session.num_bytes() == 7, "the decoder's; the cache is made for the first chunk"
     for _ in range(2):
         session.close()
         assert session.num_bytes() == 0 and not session.may_draw
