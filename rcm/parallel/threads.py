@@ -46,13 +46,15 @@ def end_threads_at_exit() -> None:
     active exception", in a run that was finished.
     """
     atexit.unregister(_end_threads)
-    atexit.register(_end_threads)
+    atexit.register(_end_threads, os.getpid())
 
 
-def _end_threads() -> None:
+def _end_threads(process: int) -> None:
     """A group that was destroyed joins its threads when the last reference to it goes: with frames
     of an error that ended the process, cycles of a model, meshes in caches of DTensor's.
     """
+    if os.getpid() != process:  # a fork has none of the threads, and would wait for them
+        return
     for name in ("last_exc", "last_value", "last_traceback"):
         vars(sys).pop(name, None)
     gc.unfreeze()

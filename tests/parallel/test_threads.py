@@ -45,6 +45,10 @@ def count_threads_at_the_end(rank: int, port: int, job: Path, how: str) -> None:
         assert launch("experiment=toy_tf_c3-3", *small(job, iterations=1)) == status
     except ValueError as error:  # as the interpreter keeps what it has printed
         sys.last_value, sys.last_traceback = error, error.__traceback__
+    if (fork := os.fork()) == 0:  # which has none of the threads, and waits for none
+        atexit._run_exitfuncs()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 7
     before = of_gloo()
     atexit._run_exitfuncs()
     os._exit(10 * before + of_gloo())

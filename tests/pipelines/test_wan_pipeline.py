@@ -15,6 +15,7 @@ from rcm.core.errors import ConfigError, NonFinite
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
+from rcm.nets.layout import TokenLayout
 from rcm.pipelines.experts import Expert
 from rcm.pipelines.image_condition import fit_image, image_channels
 from rcm.pipelines.part_clock import PartClock
@@ -35,12 +36,13 @@ IMAGE = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_se
 
 
 class Recorder(VelocityModel):
-    """A velocity field that notes the times and conditions it is asked for."""
+    """A velocity field of whole videos that notes the times and conditions it is asked for."""
 
     def __init__(self, factor: float) -> None:
         self.factor, self.times, self.conditions = factor, [], []
 
     def velocity(self, x, t, cond, layout, *, cache=None):
+        assert layout == TokenLayout.bidirectional(x.shape[2], grid=self.token_grid(*x.shape[3:]))
         self.times.append(t[0, 0].item())
         self.conditions.append(cond)
         return self.factor * x + cond.text.mean().to(x)
