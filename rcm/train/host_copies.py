@@ -18,8 +18,8 @@ class HostCopies(AsyncStager):
 
     should_synchronize_after_execute = False  # `stage` returns when all is copied
 
-    def __init__(self, *, pinned: bool = False) -> None:
-        self.copier = StateDictStager(pin_memory=pinned)
+    def __init__(self) -> None:
+        self.copier = StateDictStager()
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """`state_dict` with every tensor on the host."""
