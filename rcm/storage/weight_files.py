@@ -230,7 +230,7 @@ def _open_shards(index: Path) -> WeightFile:
             f"{index} disagrees with its shards; {told}; the reverse: {listed(extra) or 'none'}"
         )
     first = shards[names[0]]
-    return WeightFile(
+    file = WeightFile(
         index.parent,
         container=f"{len(names)} shards, {first.container}",
         headers={key: shards[name].headers[key] for key, name in where.items()},
@@ -240,3 +240,5 @@ def _open_shards(index: Path) -> WeightFile:
         metadata=first.metadata,
         config=first.config,
     )
+    file.sources = (index, *(shard.path for shard in shards.values()))
+    return file

@@ -180,6 +180,7 @@ def test_what_is_read_is_not_replaced(tmp_path, capsys, monkeypatch):
             assert "and would be replaced; choose another target" in capsys.readouterr().err, words
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert run("convert", source, folder / "other.safetensors") == 0, "nothing is there yet"
+    assert run("convert", folder, folder / "other.safetensors", "--overwrite") == 0, "no part of what is read"
 
 
 def test_dcp_to_pth_takes_checkpoints_of_rcm(tmp_path):
