@@ -14,11 +14,13 @@ import torch
 from rcm.core.errors import ConfigError
 
 _ADVICE = "start several ranks with torchrun"
-KNOWN_WITHIN, TOLD_AFTER = 60.0, 5.0
-"""Seconds in which the name of the machine where ranks meet must be found, and after which it is
-told that it is not: a container's name is there when it has started, which may be after this one,
-and servers of names remember for up to half a minute that there was none.
+KNOWN_WITHIN = 60.0
+"""Seconds in which the name of the machine where ranks meet must be found: a container's name
+is there when it has started, which may be after this one, and servers of names remember for up to
+half a minute that there was none.
 """
+_TOLD_AFTER = 5.0
+"""Seconds after which it is told that it is not."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def meeting_place() -> tuple[str, int]:
                     f" this one can find ({reason}); give the name or number of the machine of"
                     " rank 0, without a port"
                 ) from error
-            if waited >= TOLD_AFTER and not told:
+            if waited >= _TOLD_AFTER and not told:
                 from loguru import logger  # which not all have that import this
 
                 told = True
