@@ -29,8 +29,7 @@ from tests.hygiene.source import ROOT
 
 PUBLISHED = json.loads((ASSETS / "published_rows.json").read_text())
 MISPRINTED = {"FlashVideo (8 fps)": 0.1036, "DMD2-v Wan2.1-1.3B 4-step shift 5": 0.198}
-"""Rows that contradict themselves by this much (percent): its printed semantic score, and its
-printed total.
+"""Rows that contradict themselves by this much (percent): in their semantic score, in their total.
 """
 REAL = Path(os.environ.get("RCM_VBENCH_PYTHON", ROOT / ".venv-vbench" / "bin" / "python"))
 
