@@ -198,6 +198,9 @@ ROWS = (
     Row("tf_diffusion", "14B", "one", "lora", _LORA),
     Row("tf_scm", "14B", "one", "lora", _LORA),
     Row("rcm", "14B", "one", "lora", (*_LORA, MODE + "block_wise")),
+    Row("sf_dmd_replayed", "14B", "one", "lora", _LORA),
+    # as published: the fake score is adapters on the 14B teacher, the student on its own base
+    Row("sf_dmd_replayed", "1.3B", "one", "lora_published_roles", _LORA),
     Row("tf_scm", "1.3B", "fsdp"),
     Row("tf_scm", "1.3B", "ulysses2"),
     Row("sf_dmd", "1.3B", "fsdp"),
