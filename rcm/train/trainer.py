@@ -278,10 +278,10 @@ class Trainer:
         with ExitStack() as ends:  # each comes, whatever another one raises
             ends.push(self._settle)
             for sink in self.sinks:
-                ends.callback(sink.close)
+                ends.push(_ending(sink.close))
             for observer in self.observers:
                 if isinstance(observer, Ending):
-                    ends.callback(observer.finished)
+                    ends.push(_ending(observer.finished))
             yield
 
     def _settle(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -326,3 +326,19 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _ending(action: Callable[[], None]) -> Callable[..., None]:
+    """`action` as the end of a context. What ended the run stays what is raised, for others judge
+    by it whether a rank has gone; a failure of `action` beside it is logged.
+    """
+
+    def ended(_kind: object, error: BaseException | None, _trace: object) -> None:
+        try:
+            action()
+        except Exception as other:
+            if error is None:
+                raise
+            logger.error("another failure as the run ended: {}", first_line(other))
+
+    return ended

@@ -14,6 +14,7 @@ import pytest
 from rcm.core.errors import PeerGone
 from rcm.train import trainer
 from rcm.train.checkpoint import Checkpointer
+from rcm.train.metrics import JsonLines
 from rcm.train.trainer import Trainer
 from tests.integration.entry import launch, small
 from tests.support.dist import run_until_death
@@ -67,9 +68,9 @@ def test_no_thread_of_a_group_outlives_a_run(how: str, tmp_path: Path) -> None:
     assert [rank.result() for rank in ended] == [40, 40]
 
 
-def lose_a_peer_in_a_save(job: Path, between: bool) -> None:
+def lose_a_peer_in_a_save(job: Path, moment: str) -> None:
     """A save waits for ranks that wait for this one, when it is heard that another has gone: in the
-    next iteration, or `between` two parts of it.
+    "next iteration", and then the disk is "full" too, or "between" two parts of it.
     """
     log = Trainer._log
 
@@ -85,8 +86,13 @@ def lose_a_peer_in_a_save(job: Path, between: bool) -> None:
         threading.Thread(target=future.result).start()
         return future
 
+    def full(_: JsonLines) -> None:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
     trainer.LOST_SAVE = 0.1
-    if between:
+    if moment == "full":
+        JsonLines.close = full
+    if moment == "between":
         Checkpointer._write_later = writes
     else:
         Trainer._log, Checkpointer._finish = ends, lambda *_: threading.Event().wait()
@@ -96,8 +102,8 @@ def lose_a_peer_in_a_save(job: Path, between: bool) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("between", [False, True])
-def test_a_save_that_cannot_end_holds_nobody(between: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["next iteration", "full", "between"])
+def test_a_save_that_cannot_end_holds_nobody(moment: str, tmp_path: Path) -> None:
     """Ranks that each wait for another one's save would do so for half an hour."""
-    assert run_until_death(lose_a_peer_in_a_save, tmp_path / "job", between, timeout=60) == 1
+    assert run_until_death(lose_a_peer_in_a_save, tmp_path / "job", moment, timeout=60) == 1
     assert not list((tmp_path / "job").glob("running.lock"))

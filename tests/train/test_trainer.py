@@ -19,6 +19,7 @@ from torch import Tensor
 from rcm.core.dual import jvp
 from rcm.core.errors import ConfigError, NonFinite, TangentLost
 from rcm.nets.condition import Condition
+from rcm.parallel.threads import HELD
 from rcm.train.observers import Memory, Profiler, Progress, SampleGrid
 from rcm.train.state import TrainState
 from rcm.train.trainer import Trainer, TrainerConfig
@@ -93,7 +94,7 @@ def test_a_run_that_fails_leaves_no_save_half_done(tmp_path: Path) -> None:
     broken = launch(tmp_path, max_iter=9, save_iter=4, asynchronous=True, fault=lambda i, v: v * float("nan") if i == 4 else v)
     with pytest.raises(NonFinite):
         broken.run()
-    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert not [thread for thread in threading.enumerate() if thread.name == HELD]
     assert broken.checkpointer.latest().name == "iter_000000004"
 
 
@@ -223,10 +224,11 @@ def test_one_observer_that_fails_keeps_none_waiting(tmp_path: Path, warned: list
     called: list[str] = []
     seen = [full, lambda: called.append("gather"), lambda: called[9]]
     trainer = launch(tmp_path, max_iter=3, observers=[At(1, one) for one in seen])
-    closed = SimpleNamespace(write=lambda *_: None, close=full)
+    closed = SimpleNamespace(write=lambda *_: None, close=lambda: called[8])
     trainer.sinks, settle = (closed,), trainer.checkpointer.settle
     trainer.checkpointer.settle = lambda **limit: (called.append("settle"), settle(**limit))[1]
     with pytest.raises(OSError, match="No space left"):
         trainer.run()
     assert called == ["gather", "settle"]
-    assert any("another observer failed, too: IndexError" in line for line in warned)
+    for said in ("another observer failed, too", "another failure as the run ended"):
+        assert any(f"{said}: IndexError" in line for line in warned)
