@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # with a bar per download where somebody looks at a terminal
 PIP = $(BIN)/python -m pip install --disable-pip-version-check $$(test -t 2 || echo --quiet)
-HINT = command -v rcm >/dev/null || echo "first: . $(BIN)/activate"
+HINT = command -v rcm >/dev/null || echo "to use rcm in this shell, type first: . $(BIN)/activate"
 
 .PHONY: demo quick stream test test-all test-gpu lint install clean
 
