@@ -36,12 +36,14 @@ class Launch:
 
     def device(self, kind: str) -> torch.device:
         """This rank's own device of a kind, with its number on a GPU; `ConfigError` for a GPU that
-        the machine does not have, and for one by number that is another rank's.
+        the machine does not have, and for one by number that is another rank's. A rank that sees
+        its own GPU alone takes it.
         """
+        place = 0 if self.sees_its_own() else self.local_rank
         if kind != "cuda":
             device = torch.device(kind)
             alone = self.world_size == 1 or not self.launched
-            if device.type == "cuda" and not alone and device.index != self.local_rank:
+            if device.type == "cuda" and not alone and device.index != place:
                 raise ConfigError(
                     f"{kind} is not the GPU of LOCAL_RANK={self.local_rank}: every rank of a launch"
                     " takes its own; write --device cuda"
@@ -53,12 +55,20 @@ class Launch:
                 "RANK is set in the environment, LOCAL_RANK is not, which says which of the"
                 f" {cards} GPUs of this machine is this rank's; {_ADVICE}"
             )
-        if torch.cuda.is_available() and self.local_rank >= cards:
+        if torch.cuda.is_available() and place >= cards:
             raise ConfigError(
-                f"LOCAL_RANK={self.local_rank} has no GPU of its own: this machine has {cards};"
-                f" start at most {cards} ranks on it (--nproc_per_node)"
+                f"LOCAL_RANK={place} has no GPU of its own: this process sees {cards}; start at"
+                f" most {cards} ranks on this machine (--nproc_per_node), or set LOCAL_RANK=0 in"
+                " every rank where each sees its own GPU alone"
             )
-        return torch.device(kind, self.local_rank)
+        return torch.device(kind, place)
+
+    def sees_its_own(self) -> bool:
+        """Whether this rank is shown one GPU that the others are not, as `srun --gpus-per-task=1`
+        has it: the ranks of one torchrun are all shown the same.
+        """
+        shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return self.launched and len(shown) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def this_launch() -> Launch:
@@ -75,7 +85,9 @@ def this_launch() -> Launch:
 
 
 def stated_launch() -> Launch:
-    """As `this_launch`; a WORLD_SIZE alone is what a run is to be composed for."""
+    """As `this_launch`; a WORLD_SIZE alone is what a run is to be composed for. What is said of the
+    machine of a launch of one rank is its parent's: such a rank is alone there.
+    """
     rank, world = launch_number("RANK", 0), launched_world()
     launched = bool(os.environ.get("RANK"))
     if launched and not os.environ.get("WORLD_SIZE"):
@@ -83,11 +95,11 @@ def stated_launch() -> Launch:
     if not rank < world:
         raise ConfigError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={world}; {_ADVICE}")
     place, here = launch_number("LOCAL_RANK", 0), launch_number("LOCAL_WORLD_SIZE", world)
-    if launched and not 0 < here <= world:
+    if launched and world > 1 and not 0 < here <= world:
         raise ConfigError(
             f"LOCAL_WORLD_SIZE={here} must be from 1 to WORLD_SIZE={world}; {_ADVICE}"
         )
-    if launched and not place < here:
+    if launched and world > 1 and not place < here:
         raise ConfigError(
             f"LOCAL_RANK={place} must be at least 0 and below {here}, the ranks of its machine;"
             f" {_ADVICE}"

@@ -250,6 +250,11 @@ def _meet(backend: str, launch: Launch, device: torch.device | None) -> None:
                 f"environment variable MASTER_PORT={port}: rank 0 cannot wait for the others there"
                 f" ({refused[1]}); give another port, the same for every rank"
             ) from error
+        if "Duplicate GPU" in str(error):
+            raise ConfigError(
+                "two ranks of this launch were given one GPU, which NCCL refuses; let every rank"
+                " see its own (CUDA_VISIBLE_DEVICES) or number them on each machine (LOCAL_RANK)"
+            ) from error
         raise PeerGone(
             f"the {launch.world_size} ranks of this launch did not meet at {address}:{port}; see"
             " what the others say"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rcm.core.errors import ConfigError
 from rcm.parallel import launch
@@ -92,8 +93,46 @@ def test_every_rank_has_a_gpu_of_its_own(environ, monkeypatch: pytest.MonkeyPatc
         this_launch().device("cuda")
     environ(RANK="2", WORLD_SIZE="3", LOCAL_RANK="2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    told = r"LOCAL_RANK=2 has no GPU of its own: this machine has 2; start at most 2 ranks on it \(--nproc_per_node\)"
+    told = r"LOCAL_RANK=2 has no GPU of its own: this process sees 2; start at most 2 ranks on this machine \(--nproc_per_node\)"
     with pytest.raises(ConfigError, match=told), process_group("cuda"):
+        pass
+
+
+def test_a_rank_that_sees_one_gpu_takes_it(environ, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun --gpus-per-task=1` shows every rank another one, each as number 0. Ranks of one
+    torchrun are shown the same, and so may ranks be that nothing was chosen for.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    environ(RANK="2", WORLD_SIZE="3", LOCAL_RANK="2")
+    for shown in ("2", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "2,"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert this_launch().device("cuda") == this_launch().device("cuda:0") == torch.device("cuda", 0)
+    told = "LOCAL_RANK=2 has no GPU of its own: this process sees 1; .*, or set LOCAL_RANK=0 in every rank"
+    for key, value in {"TORCHELASTIC_RUN_ID": "job", "CUDA_VISIBLE_DEVICES": ""}.items():
+        with monkeypatch.context() as other:
+            other.setenv(key, value)
+            with pytest.raises(ConfigError, match=told):
+                this_launch().device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert this_launch().device("cuda") == torch.device("cuda", 0)
+
+
+def test_a_rank_of_its_own_in_another_launch(environ) -> None:
+    """A command that a rank starts as a launch of one inherits what was said of its parent's."""
+    for said in ({"LOCAL_WORLD_SIZE": "4"}, {}):
+        environ(RANK="0", WORLD_SIZE="1", LOCAL_RANK="3", **said)
+        assert this_launch() == Launch(0, 1, 3, True)
+
+
+def test_two_ranks_on_one_gpu_are_told(environ, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise dist.DistBackendError("ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
+
+    environ(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(ConfigError, match="two ranks of this launch were given one GPU"), process_group("cpu"):
         pass
 
 
