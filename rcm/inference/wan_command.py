@@ -152,8 +152,9 @@ def _check_launch(device: str) -> None:
         raise ConfigError(
             f"--device {device}: under torchrun every rank takes its own GPU; write --device cuda"
         )
-    here = launch_number("LOCAL_WORLD_SIZE", 1)
-    if device == "cuda" and here > torch.cuda.device_count():
+    launch, here = this_launch(), launch_number("LOCAL_WORLD_SIZE", 1)
+    shared_cards = device == "cuda" and launch.world_size > 1 and not launch.sees_its_own()
+    if shared_cards and here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs; lower"
             " --nproc_per_node"

@@ -279,9 +279,16 @@ def test_launches_that_do_not_fit_the_machine(monkeypatch, capsys):
     monkeypatch.setattr(wan_command, "check_device", lambda *_, **__: None)
     assert run(RCM, "--device", "cuda:1") == 2
     assert "write --device cuda" in capsys.readouterr().err
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
     assert run(RCM) == 2
     assert "3 ranks on a machine with 2 GPUs" in capsys.readouterr().err
+    for name, value in {"WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": "2"}.items():
+        with monkeypatch.context() as other:
+            other.setenv(name, value)
+            assert run(RCM, "--prompt", "") == 2
+            assert "a machine with" not in capsys.readouterr().err
 
 
 def test_only_the_first_rank_tells(monkeypatch, capsys):
