@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from rcm.inference.outcome import command
 from rcm.nets.wan.config import PRESETS, WanConfig
 from rcm.nets.wan.convert import FORMS
 from rcm.nets.wan.lora import LAYOUTS
-from rcm.pipelines.adapted_weights import AdaptedWeights, LoRA, MergedWeights
+from rcm.pipelines.adapted_weights import AdaptedWeights, LoRA, MergedWeights, updates_in
 from rcm.pipelines.adapter_writer import save_adapters
 from rcm.pipelines.described import description_of
 from rcm.pipelines.wan_files import (
@@ -87,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help=told)
     told = "alpha of every --lora (default: that of its file, else its rank)"
     add("--lora_alpha", type=float, help=told)
+    told = "merge a --lora also where SOURCE holds the same factors already"
+    add("--merge_again", action="store_true", help=told)
     told = "weights below SOURCE's adapters (default: where it says they were)"
     add("--base", type=Path, metavar="PATH", help=told)
     told = "write SOURCE's adapters alone, in this layout"
@@ -95,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_shard_size", type=size_in_bytes, metavar="5GB", help=told)
     add("--overwrite", action="store_true", help="replace TARGET if it exists")
     turn.idle("to", beside="adapters")
-    turn.idle("lora_alpha", without="lora")
+    for name in ("lora_alpha", "merge_again"):
+        turn.idle(name, without="lora")
     return parser
 
 
@@ -117,15 +121,15 @@ def _convert(options: argparse.Namespace) -> int:
     if options.adapters:
         return _write_adapters(network, options)
     merged: LazyWeights = network
-    loras = [_lora(word, alpha=options.lora_alpha) for word in options.lora]
-    for lora in loras:
+    for word in options.lora:
+        lora = replace(_lora(word, alpha=options.lora_alpha), again=options.merge_again)
         merged = MergedWeights(merged, lora)
     target = save_network(
         options.target,
         merged,
         form=options.to,
         config=config,
-        description=_description(network, config, loras),
+        description=_description(network, config, updates_in(merged)),
         dtype=DTYPES[options.dtype],
         max_shard_bytes=options.max_shard_size,
         overwrite=options.overwrite,
@@ -160,20 +164,17 @@ def _write_adapters(network: NetworkWeights | AdaptedWeights, options: argparse.
 
 
 def _description(
-    network: NetworkWeights | AdaptedWeights, config: WanConfig, loras: Sequence[LoRA]
+    network: NetworkWeights | AdaptedWeights, config: WanConfig, merged: list[dict[str, Any]]
 ) -> Description:
     """That of the source or a new one, with the copy that was taken and what was merged."""
     source, name = str(network.file.path), preset_of(config) or ""
     found = description_of(network.file) or Description(
         stage=IMPORTED, network=asdict(config), network_name=name, parent=source
     )
-    merged = [{"path": str(lora.path), "scale": lora.scale, "alpha": lora.alpha} for lora in loras]
-    if isinstance(network, AdaptedWeights):
-        merged.insert(0, {"path": source, "scale": 1.0, "alpha": network.described["alpha"]})
     extra = {key: value for key, value in found.extra.items() if key != "adapters"}
     extra["converted_from"] = source
     if merged:
-        extra["loras"] = [*found.extra.get("loras", ()), *merged]
+        extra["loras"] = merged
     return replace(found, extra=extra).holding(network.copy)
 
 

@@ -43,6 +43,7 @@ from rcm.pipelines.wan_pipeline import WanPipeline
 from rcm.pipelines.wan_ranks import check_ranks, num_ranks, share_tokens
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.pipelines.weight_files import open_weights
+from rcm.storage.state_dicts import LazyWeights
 
 FP8_PROBE = (32, 32)
 """Latent size of the noise on which --fp8 states its error."""
@@ -125,8 +126,9 @@ def _check_network(file: NetworkFile, *, size: str, weights: str, task: Task) ->
         config = config_of(network, expect=None if size == "auto" else size)
         require_fit(network, config)
         task.require(config, file.path)
+        merged: LazyWeights = network
         for lora in file.loras:
-            MergedWeights(network, lora)
+            merged = MergedWeights(merged, lora)
     except CheckpointError as error:
         raise CheckpointError(f"{file.flag} with --model_size {size}: {error}") from error
 

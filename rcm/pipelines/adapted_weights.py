@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ _COPIES = {"net_ema.": "ema", "net.": "live", "net_fake_score.": "fake_score"}
 class LoRA:
     """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha
     (None: that of the file, of its metadata or of its adapter_config.json, else the rank, so that
-    the strength alone counts). Raises `ConfigError` for a number that is not finite.
+    the strength alone counts). `again`: also into a network that holds it already. Raises
+    `ConfigError` for a number that is not finite.
     """
 
     path: str | Path
     scale: float = 1.0
     alpha: float | None = None
+    again: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or not math.isfinite(self.alpha or 0.0):
@@ -48,8 +51,8 @@ class LoRA:
 
 class MergedWeights(LazyWeights):
     """`base` with a low-rank update added while it is read, in float32 on `device`. Raises
-    `CheckpointError` naming the LoRA's file for a target that the network does not have, or factors
-    of another shape.
+    `CheckpointError` naming the LoRA's file for a target that the network does not have, factors of
+    another shape, or an update that is part of the network already.
     """
 
     def __init__(
@@ -74,6 +77,21 @@ class MergedWeights(LazyWeights):
             raise CheckpointError(f"LoRA {lora.path}: {error}") from error
         pairs = self.pairs.values()
         self._file.require_floats(key for pair in pairs for key in (pair.down, pair.up))
+        if not lora.again and (held := updates_in(base)):
+            mine = self.update["digest"]
+            if told := next((one for one in held if one.get("digest") == mine), None):
+                raise CheckpointError(
+                    f"LoRA {lora.path}: its factors are those of {told.get('path')}, which is part"
+                    " of the network already; leave it out, or add it once more with rcm checkpoint"
+                    " convert SOURCE TARGET --lora FILE:SCALE --merge_again"
+                )
+
+    @cached_property
+    def update(self) -> dict[str, Any]:
+        """What a description says of the update."""
+        file, scale, alpha = str(self.lora.path), self.lora.scale, self.lora.alpha
+        digest = _digest(self._file, self.pairs)
+        return {"path": file, "scale": scale, "alpha": alpha, "digest": digest}
 
     def __getitem__(self, name: str) -> Tensor:
         weight, pair = self.base[name], self.pairs.get(name)
@@ -195,6 +213,13 @@ class AdaptedWeights(LazyWeights):
         down, up = _factors(self.file, pair)
         return merge(weight, down=down, up=up, scale=self.strength)
 
+    @cached_property
+    def update(self) -> dict[str, Any]:
+        """What the description of a network made of both says of the adapters."""
+        file, alpha = str(self.file.path), self.described["alpha"]
+        digest = _digest(self.file, self.pairs)
+        return {"path": file, "scale": 1.0, "alpha": alpha, "digest": digest}
+
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> (A, B) of every adapted layer."""
         return {
@@ -223,6 +248,40 @@ class AdaptedWeights(LazyWeights):
                     f"{pair.alpha} is {float(stored):g}, its description says {said:g}"
                 )
         _require_all(self.pairs, layers, self.headers)
+
+
+def updates_in(network: LazyWeights) -> list[dict[str, Any]]:
+    """The updates that are part of a network, as its description says them, the first one first."""
+    if isinstance(network, MergedWeights | AdaptedWeights):
+        return [*updates_in(network.base), network.update]
+    file = getattr(network, "file", None)  # that of rcm.pipelines.wan_files.NetworkWeights
+    description = None if file is None else description_of(file)
+    return [] if description is None else list(description.extra.get("loras", ()))
+
+
+class _Factors(LazyWeights):
+    """The factors of an update by target, whatever they are called in its file."""
+
+    def __init__(self, file: WeightFile, pairs: Mapping[str, LoRAPair]) -> None:
+        self.file = file
+        self.keys_in_file = {
+            f"{name}.{side}": getattr(pair, side)
+            for name, pair in pairs.items()
+            for side in ("down", "up")
+        }
+        self.headers = {name: file.headers[key] for name, key in self.keys_in_file.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file[self.keys_in_file[name]]
+
+
+def _digest(file: WeightFile, pairs: Mapping[str, LoRAPair]) -> str:
+    """Which update it is: the same in every container, naming, dtype from bfloat16 on, strength."""
+    digested = DigestedWeights(_Factors(file, pairs), dtype=torch.bfloat16)
+    for name in digested:
+        digested[name]
+    assert digested.digest is not None  # every tensor was read
+    return digested.digest
 
 
 def _require_all(

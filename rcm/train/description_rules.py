@@ -178,7 +178,7 @@ EXTRA: dict[str, Any] = {
     "precision": {"compute": _DTYPES, "time": _DTYPES},
     "weights": one_of("ema", "live", "fake_score", "unstated"),
     "converted_from": _PATH,
-    "loras": listed(bare, low=0, high=1000),
+    "loras": listed(_rule("an object", lambda v: isinstance(v, dict)), low=0, high=1000),
     "adapters": ADAPTERS,
 }
 FIELDS: dict[str, Rule | dict[str, Rule]] = {

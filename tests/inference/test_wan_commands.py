@@ -217,8 +217,10 @@ def test_compiling_is_asked_for_by_name(files, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_low_rank_updates_are_merged(files, tmp_path):
-    """The same video as from a file in which they are merged by hand."""
+def test_low_rank_updates_are_merged(files, tmp_path, capsys, monkeypatch):
+    """The same video as from a file in which they are merged by hand; one given twice is refused
+    before anything is loaded.
+    """
     down, up = (
         torch.randn(2, 256, generator=torch.Generator().manual_seed(1)),
         torch.randn(256, 2, generator=torch.Generator().manual_seed(2)),
@@ -235,6 +237,10 @@ def test_low_rank_updates_are_merged(files, tmp_path):
     merged, by_hand, without = (read_mp4(tmp_path / f"{name}.mp4") for name in "abc")
     assert (merged - by_hand).abs().max() < 0.05
     assert (merged - without).abs().mean() > 0.02
+    monkeypatch.setattr(wan_models, "load_wan", None)
+    twice = (f"{tmp_path / 'lora.pt'}=0.5", str(tmp_path / "lora.pt"))
+    assert sample(COMMANDS[0], files, tmp_path / "d.mp4", "--lora", twice[0], "--lora", twice[1]) == 2
+    assert "which is part of the network already" in capsys.readouterr().err
 
 
 @pytest.mark.slow

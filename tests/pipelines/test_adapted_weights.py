@@ -143,6 +143,37 @@ def test_a_merged_file_is_a_network_by_itself(folder: Path) -> None:
     assert inspect_weights(folder / "merged.safetensors").copies[0].tensors == len(world_net().state_dict())
 
 
+def test_what_is_part_of_a_network_is_not_merged_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whatever container, names, dtype or strength it comes in, and whether the network is a merged
+    file, adapters on their base, or merged in the same call; unless that is said to be meant.
+    """
+    shutil.copy(folder / LAYOUTS["diffusers"], tmp_path / "renamed.safetensors")
+    words = [str(folder / "job"), str(tmp_path / "narrow.safetensors"), "--weights", "reg", "--adapters", "wan", "--dtype", "bf16"]
+    assert main(["convert", *words]) == 0
+    updates = {name: LoRA(tmp_path / f"{name}.safetensors", scale=0.5) for name in ("renamed", "narrow")} | {"peft": LoRA(folder / "peft")}
+    twice = MergedWeights(network_weights(open_weights(folder / "base")), LoRA(folder / LAYOUTS["wan"]))
+    bases = [twice, *(network_weights(open_weights(folder / name), weights="reg") for name in ("merged.safetensors", "job"))]
+    for lora in updates.values():
+        for base in bases:
+            with pytest.raises(CheckpointError, match=r"its factors are those of .+, which is part of the network already"):
+                MergedWeights(base, lora)
+    write_adapted(tmp_path / "other", folder / "base", seed=6)
+    other, target = f"{tmp_path / 'other'}:0.5", tmp_path / "y.safetensors"
+    assert main(["convert", str(folder / "merged.safetensors"), str(target), "--lora", other]) == 0
+    capsys.readouterr()
+    again = ["convert", str(target), str(tmp_path / "z.pt"), "--lora", f"{updates['renamed'].path}:-1"]
+    assert main(again) == 1
+    said = capsys.readouterr().err
+    assert f"are those of {folder / 'job'}" in said and said.rstrip().endswith("--lora FILE:SCALE --merge_again")
+    assert main([*again, "--merge_again"]) == 0
+    entries = Description.read(tmp_path / "z.pt.json").extra["loras"]
+    assert [entry["scale"] for entry in entries] == [1.0, 0.5, -1.0] and entries[0]["digest"] == entries[2]["digest"]
+    found, plain = open_weights(tmp_path / "z.pt"), network_weights(open_weights(folder / "base"))
+    only = MergedWeights(plain, LoRA(tmp_path / "other", scale=0.5))
+    for name in only.pairs:
+        torch.testing.assert_close(found[f"net.{name}"], only[name], rtol=0, atol=1e-6)
+
+
 def test_adapters_on_adapters(folder: Path, tmp_path: Path) -> None:
     """A run may start from adapters; eight such steps are followed, a circle is not."""
     write_adapted(tmp_path / "second", folder / "exported.pt", seed=6)
