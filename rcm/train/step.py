@@ -214,6 +214,8 @@ def _verdict(
             )
         squares.append(torch.nn.utils.get_total_norm(grads, norm_type=2.0).double().square())
     bad_losses = (~torch.stack([value.isfinite() for _, value in losses])).sum().to(squares[0])
+    # a discriminator's head is on the card while the network it reads lives on the host
+    squares = [square.to(bad_losses.device) for square in squares]
     facts = torch.stack([*squares, bad_losses, torch.full_like(bad_losses, float(stop))])
     if dims.world_size > 1:
         dist.all_reduce(facts)

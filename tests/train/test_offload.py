@@ -125,10 +125,20 @@ def test_a_student_that_stays_gathered_changes_no_bit(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("experiment", ["toy_sf_dmd_2step_c1-1", "toy_sf_dmd_2step_c1-1_replayed"])
-def test_on_a_card_waiting_changes_no_bit_and_less_is_there(tmp_path: Path, experiment: str) -> None:
-    """Streams and events in their places; weights that live on the host round otherwise."""
-    more = ["trainer.gradient_sync=each", "model.config.precision=bfloat16", "model.config.frozen_weights=fp8_storage"]
+@pytest.mark.parametrize(
+    ("experiment", "more"),
+    [
+        ("toy_sf_dmd_2step_c1-1", []),
+        ("toy_sf_dmd_2step_c1-1_replayed", []),
+        ("toy_sf_dmd_2step_c1-1", GAN),
+    ],
+    ids=["plain", "replayed", "discriminator"],
+)
+def test_on_a_card_waiting_changes_no_bit_and_less_is_there(tmp_path: Path, experiment: str, more: list[str]) -> None:
+    """Streams and events in their places; weights that live on the host round otherwise. A
+    discriminator's head stays on the card while the network it reads lives on the host.
+    """
+    more = [*more, "trainer.gradient_sync=each", "model.config.precision=bfloat16", "model.config.frozen_weights=fp8_storage"]
     found = {}
     with process_group("cuda"):
         for name, levers in {"warm": [], "plain": [], "waits": ALL, "lives": HOST}.items():
