@@ -16,6 +16,7 @@ from torch import Tensor
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.core.records import require_kind
+from rcm.parallel.threads import settle_threads
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
@@ -72,15 +73,17 @@ def load(
     files: PieceFiles = PieceFiles(),
 ) -> Model:
     """The checkpoint at `path` (a job folder, an iter_* folder or an exported file; None: the
-    shipped one of the embedded world).
+    shipped one of the toy world).
 
-    `device` None: cuda where there is one. The rest, and the errors, as `open_checkpoint`.
+    `device` None: cuda where there is one. On a CPU a network of toy size leaves torch one thread,
+    as in the commands, unless OMP_NUM_THREADS says how many: on a busy machine more would wait for
+    each other. The rest, and the errors, as `open_checkpoint`.
     """
     where = toy_checkpoint() if path is None else path
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    return Model(
-        open_checkpoint(where, weights=weights, device=place, precision=precision, files=files)
-    )
+    loaded = open_checkpoint(where, weights=weights, device=place, precision=precision, files=files)
+    settle_threads(loaded.denoiser.net, device=place)
+    return Model(loaded)
 
 
 def _listed(prompt: str | Sequence[str]) -> list[str]:

@@ -36,6 +36,19 @@ def test_a_prompt_streams_as_the_checkpoint_does() -> None:
     assert torch.cat([chunk.frames for chunk in chunks], dim=2).shape[2:] == video.shape[2:]
 
 
+@pytest.mark.parametrize(("told", "left"), [("", 1), ("2", 2)])
+def test_a_toy_takes_one_thread_unless_told_otherwise(told: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        rcm.load(device="cpu")
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_save_enlarges_small_videos(tmp_path) -> None:
     model = rcm.load(device="cpu")
     big, raw = (model.save(tmp_path / f"{n}.mp4", PROMPT, upscale=n) for n in (None, 1))
