@@ -232,12 +232,12 @@ class NetBuilder:
         compute = self.precision.compute
         digested = None if weights is None else DigestedWeights(weights, dtype=compute)
         load_full(AdaptedNet(net, None), digested, source=source)
-        digest = shared(on_first(lambda: None if digested is None else digested.digest))
-        told = {
-            "path": checkpoint_of(self.config, knob) or None,
-            "dtype": str(compute).removeprefix("torch."),
-            "digest": digest,
-        }
+        # the checkpoint, where a job was given: the job may go on
+        file = getattr(weights, "file", None)
+        found = (file and str(file.path), digested.digest) if digested is not None else None
+        path, digest = shared(found)
+        dtype = str(compute).removeprefix("torch.")
+        told = {"path": path, "dtype": dtype, "digest": digest}
         for role in roles:
             view, seed = AdaptedNet(net, role), self.seed + list(TRAINED.values()).index(role)
             factors = on_first(partial(initial_factors, view, seed=seed))

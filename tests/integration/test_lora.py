@@ -106,12 +106,19 @@ def test_adapters_are_wide_on_a_narrow_base(tmp_path: Path, start: Path) -> None
 
 
 def test_a_run_starts_from_adapters(tmp_path: Path, start: Path) -> None:
-    """Stage after stage: the base of the second run is the first one's network."""
+    """Stage after stage: the base of the second run is the first one's network, as it was then: the
+    first run may go on.
+    """
     assert launch(*self_forced(tmp_path / "first", start, LORA)) == 0
     second = self_forced(tmp_path / "second", start, LORA, M + f"student_ckpt={tmp_path / 'first'}", iterations=1)
     assert launch(*second, "optimizer.lr=1e-12", "scheduler.warm_up_steps=0") == 0
     first, found = (network_weights(open_weights(tmp_path / name), weights="ema") for name in ("first", "second"))
     assert all(torch.allclose(found[name], first[name], rtol=0, atol=1e-6) for name in first)
+    before, base = dict(found), Path(found.told["path"])
+    assert launch(*self_forced(tmp_path / "first", start, LORA, "checkpoint.keep_last=0", iterations=8)) == 0
+    after = network_weights(open_weights(tmp_path / "second"), weights="ema")
+    assert same(dict(after), before)
+    assert launch(*self_forced(tmp_path / "second", start, LORA, M + f"student_ckpt={base}", iterations=2)) == 0
 
 
 REFUSED = {
