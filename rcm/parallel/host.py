@@ -7,12 +7,14 @@ other devices the same steps are plain copies, so that numbers are those of a ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -21,8 +23,42 @@ from torch.distributed.tensor._dtensor_spec import TensorMeta
 
 from rcm.parallel.blocks import blocks_of
 
-ARENA = 1 << 30
-"""Bytes of host memory taken at once: pinned memory is handed out in powers of two."""
+PAGE = 4096
+REGISTERED = 1 << 20
+"""Bytes from which pinned memory is registered for itself."""
+
+
+def host_memory(size: int, *, pinned: bool) -> Tensor:
+    """`size` bytes of host memory, uint8, undefined; pinned for copies to CUDA.
+
+    Torch hands pinned memory out in powers of two, which is half as much again for the sizes of
+    Wan's weights. Here large pieces are plain memory that is registered with the driver, to the
+    page. `RuntimeError` where the driver cannot.
+    """
+    if not pinned or size < REGISTERED:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    # whole pages: what shares a page with another registered piece could not be registered
+    held = np.empty(-(-size // PAGE) * PAGE + PAGE, np.uint8)
+    start = -held.ctypes.data % PAGE
+    address, length = held.ctypes.data + start, len(held) - PAGE
+    _register(address, length)
+    # not at exit, when the driver may be gone and gives all back itself
+    weakref.finalize(held, _unregister, address).atexit = False
+    return torch.from_numpy(held[start : start + size])
+
+
+def _register(address: int, length: int) -> None:
+    problem = torch.cuda.cudart().cudaHostRegister(address, length, 0)
+    if int(problem):
+        raise RuntimeError(
+            f"{length / 2**30:.2f} GiB of host memory could not be pinned ({problem}): the machine"
+            " has too little, or a limit on locked memory; what a run needs is told by `rcm plan`"
+        )
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.synchronize()  # copies from it may be on their way
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def sharded_like(shard: Tensor, like: Tensor) -> Tensor:
@@ -43,7 +79,8 @@ def sharded_like(shard: Tensor, like: Tensor) -> Tensor:
 
 def zeros_on_host(like: Tensor, *, pinned: bool) -> Tensor:
     """Zeros of the shape and dtype of `like` in host memory, pinned for copies to CUDA."""
-    return torch.zeros(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
+    memory = host_memory(like.numel() * like.itemsize, pinned=pinned).zero_()
+    return memory.view(like.dtype).view(like.shape)
 
 
 def passing(
@@ -118,12 +155,12 @@ class Shelf:
         storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in tensors) if len(s)}
         sizes = [storage.nbytes() for storage in storages.values()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        room = _arenas(sizes, pinned=self.device.type == "cuda")
+        self.bytes = sum(sizes)
+        room = host_memory(self.bytes, pinned=self.device.type == "cuda").split(sizes)
         self._places = [
             _Place(storage, size, host)
             for storage, size, host in zip(storages.values(), sizes, room, strict=True)
         ]
-        self.bytes = sum(sizes)
         self.away = False
 
     def leave(self, *, copy: bool, stream: torch.cuda.Stream | None) -> None:
@@ -169,18 +206,6 @@ def _bytes_of(place: _Place) -> Tensor:
     """The storage as bytes, for one copy."""
     view = torch.empty(0, dtype=torch.uint8, device=place.storage.device)
     return view.set_(place.storage, 0, (place.size,), (1,))
-
-
-def _arenas(sizes: Sequence[int], *, pinned: bool) -> Iterator[Tensor]:
-    """Host memory of these sizes in bytes, cut from large pieces."""
-    left: Tensor | None = None
-    rest = sum(sizes)
-    for size in sizes:
-        if left is None or len(left) < size:
-            wanted = max(size, min(ARENA, rest))
-            left = torch.empty(wanted, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        yield left[:size]
-        left, rest = left[size:], rest - size
 
 
 @dataclass

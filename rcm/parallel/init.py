@@ -20,6 +20,7 @@ from rcm.core.errors import CheckpointError
 from rcm.nets.frozen_fp8 import load_rows, scales_of
 from rcm.parallel.agree import agree, on_first, spread, together
 from rcm.parallel.fsdp import local, stored_tensors
+from rcm.parallel.host import sharded_like, zeros_on_host
 from rcm.parallel.mesh import ParallelDims
 from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.state_dicts import check_keys, shapes_of
@@ -33,10 +34,12 @@ def on_meta(build: Callable[[], N]) -> N:
         return build()
 
 
-def materialise(net: N, *, device: torch.device | str) -> N:
-    """Give a network built on meta (already sharded or not) memory on `device`. Its values are
-    undefined until loaded; return `net`.
+def materialise(net: N, *, device: torch.device | str, pinned: bool = False) -> N:
+    """Give a network built on meta (already sharded or not) memory on `device`, `pinned` where that
+    is the host and passes compute on a GPU. Its values are undefined until loaded; return `net`.
     """
+    if pinned:  # as `to_empty`, in memory that FSDP2 has no need to copy into pinned one
+        return net._apply(lambda t: sharded_like(zeros_on_host(local(t), pinned=True), t))
     return net.to_empty(device=device)
 
 

@@ -44,6 +44,7 @@ class Numbers(NamedTuple):
     rows: int = 0  # and the rows of those, which have a scale each
     coded: int = 0  # with moments in 8-bit codes where it is trained so,
     scales: int = 0  # and the blocks of those, which have a scale each
+    powers: int = 0  # the next power of two of every tensor's, as torch hands pinned memory out
     largest: int = 0  # of one tensor
 
 
@@ -57,7 +58,9 @@ def numbers(config: WanConfig, shard: int = 1) -> Numbers:
         linear = inside and len(shape) == 2 and fits(shape)
         coded = len(shape) > 1 and group >= SMALLEST_BLOCK
         own = (count, inside * count, linear * count, linear * rows)
-        columns.append((*own, coded * count, coded * (count // group)))
+        columns.append(
+            (*own, coded * count, coded * (count // group), 1 << (count - 1).bit_length())
+        )
     sums = Numbers(*(sum(column) for column in zip(*columns, strict=True)))
     return sums._replace(largest=max(count for count, *_ in columns))
 

@@ -124,8 +124,9 @@ def total(terms: Iterable[Term]) -> float:
 
 
 def host_bytes(job: Job) -> float:
-    """What rank 0 keeps in host memory."""
-    gradients = [job.reduce_bytes * job.trained(net) for net in job.nets if job.lives_on_host(net)]
+    """What rank 0 keeps in host memory; FSDP2's copies of gradients in pinned memory of torch's."""
+    living = [net for net in job.nets if job.lives_on_host(net)]
+    gradients = [job.reduce_bytes * job.stored(net).powers for net in living]
     states = total([*held_terms(job, "host"), *held_terms(job, "turn")])
     return states + max(gradients, default=0)
 

@@ -4,6 +4,7 @@ against all choices, and the command that it prints.
 
 from __future__ import annotations
 
+import math
 import itertools
 import json
 import re
@@ -81,7 +82,11 @@ def test_what_waits_on_the_host_is_not_on_the_card() -> None:
     assert host_bytes(idle) == 6 * count
     lives = job(host_parameters=True)
     assert {term.name for term in held_terms(lives, "card")} == {"teacher weights"}
-    assert host_bytes(lives) == (4 + 12 + 4) * count
+    # FSDP2 takes memory for gradients from torch, which hands pinned memory out in powers of two
+    net = WanDiT(plain.net("student").config, attention="reference")
+    gradients = sum(4 * 2 ** math.ceil(math.log2(p.numel())) for p in net.parameters())
+    assert 4 * count < gradients < 8 * count
+    assert host_bytes(lives) == (4 + 12) * count + gradients
 
 
 LEVERS = ["trainer.offload.states=True", "trainer.offload.idle_roles=True", "model.config.frozen_weights=fp8_storage"]
