@@ -210,7 +210,8 @@ ROWS = (
     ),
     Row("tf_scm", "1.3B", "one", "lever_fp8_storage", LEVERS["fp8_storage"]),
     Row("tf_scm", "1.3B", "one", "lever_fp8", LEVERS["fp8"]),
-    # as `rcm plan --smallest` lays them out
+    # as `rcm plan --smallest` lays them out; the first asks 207 GiB of the host
+    Row("sf_dmd_replayed", "1.3B", "one", "published_waiting", (*_STATES_WAIT, *_IDLE)),
     Row("sf_dmd_replayed", "1.3B", "one", "lever_least", (*_LIVES, MODE + "block_wise")),
     Row("sf_dmd_replayed", "14B", "one", "lever_least", (*_EACH, *_LIVES, MODE + "block_wise")),
 )
