@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError
@@ -30,7 +31,7 @@ from rcm.nets.wan.convert import FORMS
 from rcm.nets.wan.lora import LAYOUTS
 from rcm.pipelines.adapted_weights import AdaptedWeights, LoRA, MergedWeights, updates_in
 from rcm.pipelines.adapter_writer import save_adapters
-from rcm.pipelines.described import description_of
+from rcm.pipelines.described import description_of, typed
 from rcm.pipelines.wan_files import (
     COPIES,
     NetworkWeights,
@@ -124,6 +125,7 @@ def _convert(options: argparse.Namespace) -> int:
     for word in options.lora:
         lora = replace(_lora(word, alpha=options.lora_alpha), again=options.merge_again)
         merged = MergedWeights(merged, lora)
+        _tell_sampling(merged, options)
     target = save_network(
         options.target,
         merged,
@@ -138,6 +140,21 @@ def _convert(options: argparse.Namespace) -> int:
     copy = "" if network.copy == "unstated" else f"{network.copy} "
     print(f"wrote {name}, {copy}weights, {len(network)} tensors, as {options.to} to {target}")
     return 0
+
+
+def _tell_sampling(merged: MergedWeights, options: argparse.Namespace) -> None:
+    """Warn of adapters that are sampled otherwise than SOURCE, whose sampling TARGET keeps."""
+    ours, theirs = (
+        told and {key: told.extra.get(key) for key in ("recipe", "sampler")}
+        for told in (description_of(open_weights(options.source)), merged.description)
+    )
+    if theirs and any(theirs.values()) and ours != theirs:
+        logger.warning(
+            "{} is sampled otherwise than {}, as which {} will be sampled; to keep the sampling of"
+            " the adapters: rcm checkpoint convert {} {} --base {}",
+            merged.lora.path, options.source, options.target,
+            *map(typed, (merged.lora.path, options.target, options.source)),
+        )  # fmt: skip
 
 
 def _write_adapters(network: NetworkWeights | AdaptedWeights, options: argparse.Namespace) -> int:

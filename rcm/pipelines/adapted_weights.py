@@ -65,7 +65,7 @@ class MergedWeights(LazyWeights):
         try:
             self.pairs: dict[str, LoRAPair] = lora_pairs(self._file.headers)
             check_targets(self.pairs, self._file.headers, base.headers)
-            described = description_of(self._file)
+            described = self.description = description_of(self._file)
             if described is not None and "adapters" in described.extra:
                 _require_all(self.pairs, described.extra["adapters"]["layers"], base.headers)
             settings = adapter_settings(self._file, given=lora.alpha is not None)

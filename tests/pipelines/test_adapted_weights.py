@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,21 @@ def test_what_is_part_of_a_network_is_not_merged_again(folder: Path, tmp_path: P
     only = MergedWeights(plain, LoRA(tmp_path / "other", scale=0.5))
     for name in only.pairs:
         torch.testing.assert_close(found[f"net.{name}"], only[name], rtol=0, atol=1e-6)
+
+
+def test_adapters_that_are_sampled_otherwise_are_told(folder: Path, tmp_path: Path, warned: list[str]) -> None:
+    """A merged file has the sampling of its base; the advice gives it that of the adapters."""
+    shutil.copy(folder / LAYOUTS["wan"], tmp_path / "x.safetensors")
+    said = Description.read(folder / f"{LAYOUTS['wan']}.json")
+    recipe = {**said.extra["recipe"], "kind": "ode"}
+    Description.write(replace(said, extra={**said.extra, "recipe": recipe}), tmp_path / "x.safetensors.json")
+    for name in (folder / LAYOUTS["wan"], tmp_path / "x.safetensors"):
+        assert main(["convert", str(folder / "base"), str(tmp_path / "y.pt"), "--lora", str(name), "--overwrite"]) == 0
+    (told,) = warned
+    advice = f"convert {tmp_path / 'x.safetensors'} {tmp_path / 'y.pt'} --base {folder / 'base'}"
+    assert told.endswith(f"to keep the sampling of the adapters: rcm checkpoint {advice}")
+    assert main([*advice.split(), "--overwrite"]) == 0
+    assert Description.read(tmp_path / "y.pt.json").extra["recipe"] == recipe
 
 
 def test_adapters_on_adapters(folder: Path, tmp_path: Path) -> None:
