@@ -1,4 +1,4 @@
-"""Score a checkpoint of the embedded world: exact arithmetic on pixels, against the captions it was
+"""Score a checkpoint of the toy world: exact arithmetic on pixels, against the captions it was
 asked for.
 """
 

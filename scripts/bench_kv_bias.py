@@ -55,7 +55,7 @@ class Seen(NamedTuple):
 
 def keys_of_a_stream(ckpt: Path, *, frames: int, batch: int) -> list[Seen]:
     """What the layers of a network attended to while it streamed `frames` latent frames of `batch`
-    prompts of the embedded world.
+    prompts of the toy world.
     """
     model = open_checkpoint(ckpt, device="cpu")
     if model.recipe is None:
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--ckpt",
         type=Path,
         default=SHIPPED,
-        help="a causal checkpoint of the embedded world [the shipped one]",
+        help="a causal checkpoint of the toy world [the shipped one]",
     )
     add("--frames", type=int, default=9, help="latent frames to stream [%(default)s]")
     add("--batch", type=int, default=24, help="prompts at once [%(default)s]")

@@ -3,7 +3,7 @@
 #
 #     bash assets/toy/make.sh
 #
-# The embedded world at 16x16 pixels, for the eye; the demo's is 8x8, for the clock. An hour on one busy core. Runs stay in
+# The toy world at 16x16 pixels, for the eye; the demo's is 8x8, for the clock. An hour on one busy core. Runs stay in
 # outputs/toy_checkpoint, and go on from there when the command is given again.
 set -euo pipefail
 export OMP_NUM_THREADS=1

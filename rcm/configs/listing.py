@@ -46,7 +46,7 @@ def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
     toys = [row for row in rows if row.startswith("toy_")]
     wan = [row for row in rows if "wan2pt" in row]
     groups = {
-        "embedded world, two CPU cores": toys,
+        "toy world, two CPU cores": toys,
         "Wan": wan,
         "of this registry": [row for row in rows if row not in {*toys, *wan}],
     }

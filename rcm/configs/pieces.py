@@ -1,4 +1,4 @@
-"""Codec and text encoder of a run: the embedded world's, or Wan's from their files."""
+"""Codec and text encoder of a run: the toy world's, or Wan's from their files."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def toy_text(model: CommonModelConfig) -> ToyTextEncoder:
 
 
 def toy_world(model: CommonModelConfig) -> ToyWorld:
-    """The embedded world at the pixel size that the latents decode to."""
+    """The toy world at the pixel size that the latents decode to."""
     codec = toy_codec(model)
     height, width = (size * codec.spatial_stride for size in model.latent_size())
     return ToyWorld(

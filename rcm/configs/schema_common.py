@@ -101,7 +101,7 @@ class NetConfig(Record):
 class TokenizerConfig(Record):
     """The video codec of the latents, which decodes samples; recorded in checkpoints."""
 
-    name: Literal["wan", "toy"] = "wan"  # Wan's VAE, or the embedded world's invertible folding
+    name: Literal["wan", "toy"] = "wan"  # Wan's VAE, or the toy world's invertible folding
     vae_pth: str = "assets/checkpoints/Wan2.1_VAE.pth"  # weights of Wan's VAE
     # toy: pixel frames per later latent frame
     temporal_stride: int = within(2, least=1, most=64)

@@ -60,7 +60,7 @@ def overview() -> str:
     lines = [
         "usage: rcm COMMAND ...",
         "",
-        "Distil video diffusion models into few-step generators that stream, and use them.",
+        "Distil video diffusion models into few-step generators that stream, and sample them.",
         "",
     ]
     for title, commands in GROUPS.items():
@@ -69,9 +69,7 @@ def overview() -> str:
             *(f"  {name:<12} {command.does}" for name, command in commands.items()),
             "",
         ]
-    lines += [
-        "Begin with `rcm stream`. `rcm COMMAND --help` tells the rest; `rcm --version` the version."
-    ]
+    lines += ["Start with `rcm stream`. `rcm COMMAND --help` explains a command."]
     return "\n".join(lines) + "\n"
 
 
@@ -108,13 +106,13 @@ def _run(line: str, commands: Mapping[str, Command], words: Sequence[str]) -> in
 
 
 def _parts_help(line: str, command: Command) -> str:
-    listed = [f"  {name:<14} {part.does}" for name, part in command.parts.items()]
+    does, listed = command.does, [f"  {n:<14} {part.does}" for n, part in command.parts.items()]
     return (
         "\n".join(
             [
                 f"usage: {line} WHICH ...",
                 "",
-                f"It can {command.does}:",
+                f"{does[0].upper()}{does[1:]}; `{line} WHICH --help` explains each.",
                 "",
                 *listed,
                 *_examples(*command.parts.values()),

@@ -141,7 +141,7 @@ def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> 
 def drawn_weights(build: Callable[[], nn.Module], *, seed: int) -> dict[str, Tensor]:
     """Random weights of the network that `build` makes, the same for every world size: for
     `load_full` on rank 0, which holds the whole network in CPU memory meanwhile. For networks
-    trained from scratch (the embedded world, ablations).
+    trained from scratch (the toy world, ablations).
     """
     full: Any = build()
     full.init_weights(torch.Generator().manual_seed(seed))

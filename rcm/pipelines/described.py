@@ -30,7 +30,7 @@ from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_text import ToyTextEncoder
 
 TOY_PROMPT = "a red square moving left"
-"""A sentence of the default embedded world."""
+"""A sentence of the default toy world."""
 
 
 def description_at(path: Path) -> Description:

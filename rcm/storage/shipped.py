@@ -7,7 +7,7 @@ from pathlib import Path
 from rcm.core.errors import ConfigError
 
 TOY_CHECKPOINT = "toy/sf_dmd_c1-1.safetensors"
-"""The final stage on the embedded world; the commands that made it stand in the README beside
+"""The final stage on the toy world; the commands that made it stand in the README beside
 it.
 """
 TOY_PROMPTS = "prompts/toy.txt"

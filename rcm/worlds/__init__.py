@@ -1,1 +1,1 @@
-"""The embedded world: videos, codec, captions and scores, trained on two CPU cores."""
+"""The toy world: videos, codec, captions and scores, trained on two CPU cores."""

@@ -172,7 +172,7 @@ def test_whole_list_is_grouped_narrow_and_composes_nothing(capsys: pytest.Captur
     assert cli.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= listing.WIDTH
-    assert [line for line in lines if line.endswith(":")] == ["embedded world, two CPU cores:", "Wan:"]
+    assert [line for line in lines if line.endswith(":")] == ["toy world, two CPU cores:", "Wan:"]
     assert {line.strip() for line in lines if line.startswith("  ")} == {n for n in registry_distill.experiment_names() if "debug" not in n}
     assert cli.main(["--list", "1pt3B", "tf_sdm"]) == 2
     assert "no experiment has '1pt3B' and 'tf_sdm' in its name" in capsys.readouterr().err
