@@ -63,7 +63,7 @@ timestep_shift         without --distilled [as trained; Wan 5]
 first_chunk_t          causal Wan file: latent frames of the first chunk [1]
 chunk_t                causal Wan file: of later chunks [1]
 context_from_last_step  causal: noisy context
-context_from_last_step_start_chunk  causal: first chunk that leaves it [0]
+context_from_last_step_start_chunk  causal: first chunk cached with it [0]
 ignore_recipe          sample even where the checkpoint was not trained for it
 """
 _MACHINE = f"""

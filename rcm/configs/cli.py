@@ -34,11 +34,11 @@ from rcm.pipelines.video_io import VideoError
 _TOLD = (ConfigError, CheckpointError, ShardError, NonFinite, PeerGone, VideoError, OSError)
 DEFAULT_REGISTRY = "rcm/configs/registry_distill.py"
 HELP = """\
-Train an experiment with your settings. The same command continues a run that was stopped;
-an unknown key or value is refused before any network is built.
+Train an experiment with your settings. The same command resumes a run that was stopped.
+An unknown key or value is refused before any network is built.
 
-NAME is one of `rcm experiments`. All keys stand with defaults and meanings in the records
-that rcm/configs/schema.py of the package puts together; --dryrun prints them all.
+NAME is one of those that `rcm experiments` lists. --dryrun prints all keys with their values;
+rcm/configs/schema.py in the package, and the records it combines, explain them.
 """
 
 

@@ -62,6 +62,25 @@ _CHOICES = {
     "kv_granularity": GRANULARITIES,
     "kv_scale_fit": SCALE_FITS,
 }
+_STORED = {
+    "kv_dtype": "type of stored elements; bf16: not quantised",
+    "kv_smoothing": "applied before quantising",
+    "kv_group_size": "elements per scale; 0: the whole axis",
+    "kv_granularity": "which elements share a scale; auto: keys by channel, values by token",
+    "kv_asymmetric": "integers with a zero point besides the scale",
+    "kv_scale_fit": "search: half the error of 2 bits at the same size",
+    "kv_mode": "which implementation's arithmetic",
+    "kv_clip_percentile": "of smoothing clip",
+    "kv_smooth_alpha": "of smoothing balance",
+    "kv_qvg_clusters": "of smoothing qvg: k-means clusters per chunk",
+    "kv_qvg_iters": "of smoothing qvg: iterations of k-means",
+    "kv_qvg_stages": "of smoothing qvg: times that clusters are subtracted",
+    "kv_qvg_share_assignments": "qvg: one assignment for all heads",
+    "kv_qvg_warm_start": "qvg: start from the previous chunk's centroids",
+    "kv_triton_restore": "Triton kernels on CUDA; off: plain torch, equal bit for bit",
+    "kv_bias_correction": "correct the excess attention to quantised keys",
+}
+"""Flag without its side -> its help."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +97,8 @@ _PROMPTS = """
 scene_file FILE                    a timeline, one segment per line, instead of --prompt
 prompt_file FILE                   several videos: one prompt or timeline per line, instead of
   --prompt
-prompt_switch keep|recache = keep  recache: rewrite the cache under a new prompt [%(default)s]
-prompt_blend N = 0                 chunks over which a prompt goes over into the next one
+prompt_switch keep|recache = keep  recache: recompute the cache under a new prompt [%(default)s]
+prompt_blend N = 0                 number of chunks over which a prompt blends into the next one
   [%(default)s]
 """
 _SAMPLING = """
@@ -96,12 +115,13 @@ mid_t_schedules = ""       --mid_t per entry of --steps_per_chunk
 guidance_scale             many steps: classifier-free guidance, 1 or less: none [3]
 timestep_shift             many steps: shift of the grid [3]
 negative_prompt            many steps [Wan's own, in Chinese]
-context_from_last_step     noisy context: a chunk's last step is its context, no pass after it
-context_from_last_step_start_chunk  first chunk that leaves noisy context, an image counts [0]
+context_from_last_step     noisy context: cache the keys and values of a chunk's last step, without
+  another pass over the clean chunk
+context_from_last_step_start_chunk  first chunk cached with noisy context; an image is chunk 0 [0]
 noise_device auto|cpu|cuda = auto   where noise is drawn; auto: on --device, as the release does
-ntk_t R = 1.0              NTK ratio of the rotary axis [%(default)g]
-ntk_h R = 1.0              NTK ratio of the rotary axis [%(default)g]
-ntk_w R = 1.0              NTK ratio of the rotary axis [%(default)g]
+ntk_t R = 1.0              NTK ratio of the rotary embedding in time [%(default)g]
+ntk_h R = 1.0              the same in height [%(default)g]
+ntk_w R = 1.0              the same in width [%(default)g]
 """
 _IMAGE = """
 image_path FILE = ""  the first frame: image to video
@@ -109,8 +129,8 @@ adaptive_resolution   keep the image's shape, with about the pixels of the table
 """
 _CACHE = """
 kv_pre_rope_keys       cache keys before rotation [when keys are quantised]
-kv_dense_prefix_cache  also keep every restored chunk: faster, and no memory is saved
-kv_hot_chunks N = 0    newest chunks that stay as they are [%(default)s]
+kv_dense_prefix_cache  also keep every restored chunk: faster, but saves no memory
+kv_hot_chunks N = 0    number of newest chunks that are not quantised [%(default)s]
 """
 _RUNNING = f"""
 num_runs N = 1             timed samplings of the same video, the last one is written [%(default)s]
@@ -145,7 +165,7 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> Argume
         chunk_t={"default": chunk},
     )
     add_flags(group("image"), _IMAGE)
-    kept = "What of the past is kept; a flag belongs to the method in its help."
+    kept = "What of the past is kept; a flag belongs to the method that its help begins with."
     add_method_flags(group("extrapolation", kept), default=defaults.method)
     stored = "How keys (_k) and values (_v) of finished chunks are stored; docs/kv_cache.md."
     _add_kv_cache(group("key-value cache", stored))
@@ -162,12 +182,17 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> Argume
 def _add_kv_cache(group: argparse._ArgumentGroup) -> None:
     """The codec's own flags, whose names and defaults are its record's, and those of the cache."""
     for name, default in FLAGS.items():
-        choices = next((found for part, found in _CHOICES.items() if name.startswith(part)), None)
-        options: dict[str, Any] = {"type": type(default), "metavar": "N", "help": "[%(default)s]"}
+        part = name.removesuffix("_k").removesuffix("_v")
+        choices, told = _CHOICES.get(part), f"{_STORED[part]} [%(default)s]"
+        options: dict[str, Any] = {"type": type(default), "metavar": "N", "help": told}
         if isinstance(default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
+            state = "on" if default else "off"
+            options = {
+                "action": argparse.BooleanOptionalAction,
+                "help": f"{_STORED[part]} [{state}]",
+            }
         elif choices is not None:
-            options = {"choices": choices, "help": "[%(default)s]"}
+            options = {"choices": choices, "help": told}
         group.add_argument(f"--{name}", default=default, **options)
     add_flags(group, _CACHE)
 

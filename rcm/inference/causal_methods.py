@@ -102,26 +102,57 @@ release's.
 """
 
 
-_SWITCHES = {
-    "no_rope_cut_single_frame": "cuts do not move one-frame chunks",
+_MEANS = {
+    "window_blocks": "cached blocks that a chunk sees, sinks included",
+    "sw_sink_blocks": "first blocks that stay visible",
+    "total_blocks": "first blocks that are kept",
+    "sink_blocks": "of those, how many a chunk sees, in turn",
+    "recent_blocks": "newest blocks that a chunk sees",
+    "cache_blocks": "cached blocks, sinks included",
+    "ir_sink_blocks": "first blocks that stay",
+    "f_limit": "frames within which all positions lie",
+    "flush_interval_blocks": "drop all but sinks and newest block every N blocks; 0: never",
+    "rope_cut_delta": "frames by which a cut shifts a chunk's positions",
+    "no_rope_cut_single_frame": "cuts do not shift one-frame chunks",
+    "df_sink_frames": "first frames that stay",
+    "df_budget_frames": "frames that the cache keeps in all",
+    "df_recent_frames": "newest frames that stay",
+    "df_observation_layers": "last layers that select tokens; 0: all",
+    "mr_sink_frames": "first frames that stay",
+    "mr_local_frames": "newest frames that stay",
+    "mr_alpha_long": "update rate of the slow running mean",
+    "mr_alpha_short": "update rate of the fast running mean",
     "mr_per_position": "a mean per token position, as in the paper, not one per head",
+    "rx_sink_frames": "first frames that stay",
+    "rx_budget_frames": "frames that the cache keeps in all",
+    "rx_recent_frames": "newest frames that stay",
+    "rx_alignment_weight": "resemblance to recent frames (1) or variety (0)",
+    "rx_sink_blocks": "first blocks that stay visible",
+    "rx_history_blocks": "blocks that are selected from the past",
+    "rx_tail_blocks": "newest blocks that stay visible",
+    "rx_pool_blocks": "blocks whose later half is selected from",
+    "rx_redundancy": "penalty for resembling the newest blocks",
 }
+"""Flag -> its help."""
 
 
 def add_method_flags(group: argparse._ArgumentGroup, *, default: str) -> None:
     """--extrapolation_method, and the flags of all methods: None where they are not given."""
     group.add_argument(
-        "--extrapolation_method", choices=tuple(METHODS), default=default, help="[%(default)s]"
+        "--extrapolation_method",
+        choices=tuple(METHODS),
+        default=default,
+        help="see docs/inference.md [%(default)s]",
     )
     for flag, value in {k: v for known in METHODS.values() for k, v in known.flags.items()}.items():
         owners = _owners(flag, ", ")
         options: dict[str, Any] = {
             "type": type(value),
             "metavar": "N" if isinstance(value, int) else "X",
-            "help": f"{owners} [{value:g}]",
+            "help": f"{owners}: {_MEANS[flag]} [{value:g}]",
         }
         if isinstance(value, bool):
-            options = {"action": "store_true", "help": f"{owners}: {_SWITCHES[flag]}"}
+            options = {"action": "store_true", "help": f"{owners}: {_MEANS[flag]}"}
         group.add_argument(f"--{flag}", default=None, **options)
 
 

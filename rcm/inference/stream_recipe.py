@@ -57,22 +57,24 @@ EITHER: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": N
 """A switch that may also be turned off, for `add_flags`."""
 
 _TOLD = """
-steps_per_chunk         steps of each chunk, the last number repeats (4 2: four, then two)
-mid_t_schedules         mid times per entry of --steps_per_chunk, fractions allowed
-  ("15/16,5/6,5/8;5/6")
+steps_per_chunk         steps of the first, second, ... chunk; the last number repeats
+  (4 2: four, then two)
+mid_t_schedules         times between the steps, for each number of --steps_per_chunk; fractions
+  allowed ("15/16,5/6,5/8;5/6")
 num_steps               steps of every chunk, or of a whole video
-context_from_last_step  noisy context
-context_from_last_step_start_chunk  first chunk that leaves it
+context_from_last_step  noisy context: cache the keys and values of a chunk's last step, without
+  another pass over the clean chunk
+context_from_last_step_start_chunk  first chunk cached with noisy context
 sigma_max               noise level of the first step
 timestep_shift          shift of the many-step grid
 guidance_scale          classifier-free guidance; 1 or less: none
-ignore_recipe           sample even where the checkpoint was not trained for it
+ignore_recipe           sample even if the checkpoint was not trained for these settings
 """
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a checkpoint that describes itself; every default means "as trained"."""
-    group = parser.add_argument_group("sampling", "Left out: as the checkpoint was trained.")
+    group = parser.add_argument_group("sampling", "Defaults: as the checkpoint was trained.")
     add_flags(group, _TOLD, KINDS, context_from_last_step=EITHER)
 
 
