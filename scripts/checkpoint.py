@@ -1,4 +1,4 @@
-"""What a file of weights is, and the same weights in another form.
+"""Inspect a file of weights, or convert it to another format.
 
     python -m scripts.checkpoint inspect PATH [PATH ...] [--json]
     python -m scripts.checkpoint convert SOURCE TARGET --to {rcm,wan,diffusers,self_forcing,comfyui}
@@ -70,13 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    told = "say what a file is, which network fits, what is missing, where to pass it"
+    told = "say what a file contains, which network fits, what is missing, which commands take it"
     look = commands.add_parser("inspect", help=told)
-    look.add_argument("path", nargs="+", type=Path)
+    look.add_argument("path", nargs="+", type=Path, help="a file or folder of weights")
     look.add_argument("--json", action="store_true", help="one JSON list instead of text")
-    turn = commands.add_parser("convert", help="write one network of a file in another form")
+    turn = commands.add_parser("convert", help="write a network in another format")
     add = turn.add_argument
-    add("source", type=Path)
+    add("source", type=Path, help="file or folder that is read, and left as it is")
     add("target", type=Path, help=".pth, .pt, .safetensors, .dcp, or a folder")
     told = "names and patch weight of this family (default: rcm)"
     add("--to", choices=sorted(FORMS), default="rcm", help=told)
