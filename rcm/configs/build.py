@@ -20,6 +20,7 @@ from rcm.configs.description import description
 from rcm.configs.memory import require_here
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
+from rcm.core.determinism import repeatable
 from rcm.core.errors import ConfigError
 from rcm.core.files import discard
 from rcm.data.loader import Loader
@@ -63,7 +64,11 @@ def run(run: Run) -> Outcome:
     use, `NonFinite` (nothing updated), `OSError` with the path, `PeerGone`.
     """
     this_launch()
-    with launch_group() as device, ExitStack() as held:
+    with (
+        repeatable(run.config.trainer.deterministic),
+        launch_group() as device,
+        ExitStack() as held,
+    ):
         replicate, shard, cp = run.mesh
         dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device.type)
         require_same(

@@ -48,6 +48,7 @@ FREE = (
     "trainer.gradient_sync",
     "trainer.keep_gathered_gib",
     "trainer.offload",
+    "trainer.deterministic",
     "dataloader_train.tar_path_pattern",
     "dataloader_train.num_workers",
     "dataloader_train.prefetch_factor",

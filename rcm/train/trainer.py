@@ -75,6 +75,8 @@ class TrainerConfig(Record):
     # GiB of weights of the largest student that stays gathered through a rollout; 0 = none
     keep_gathered_gib: float = within(4.0, least=0.0, most=1e6)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    # GPU: two runs equal bit for bit, in longer gradient passes (docs/checkpoints.md#resume)
+    deterministic: bool = False
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
     # iterations of this process before two that the profiler records; 0 = no profile
