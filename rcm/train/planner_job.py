@@ -9,6 +9,7 @@ config down in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Literal, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from rcm.core.errors import ConfigError
 from rcm.nets.frozen_fp8 import FrozenWeights, fits
 from rcm.nets.layout import TokenLayout
-from rcm.nets.wan.adapters import adapter_elements
+from rcm.nets.wan.adapters import factor_shapes
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import MODES, Mode
@@ -50,9 +51,21 @@ class Numbers(NamedTuple):
 
 @cache
 def numbers(config: WanConfig, shard: int = 1) -> Numbers:
+    """Of the weights of a network."""
+    return _counted(parameter_shapes(config), shard)
+
+
+@cache
+def adapter_numbers(config: WanConfig, layers: tuple[str, ...], rank: int, shard: int) -> Numbers:
+    """Of one set of adapters."""
+    shapes = factor_shapes(layers, config, rank=rank) * config.num_layers
+    return _counted([("blocks.", shape) for shape in shapes], shard)
+
+
+def _counted(shapes: Iterable[tuple[str, tuple[int, ...]]], shard: int) -> Numbers:
     """FSDP2 cuts every tensor along its first axis: [1, 6, E] stays whole on rank 0."""
     columns: list[tuple[int, ...]] = []
-    for name, shape in parameter_shapes(config):
+    for name, shape in shapes:
         rows, group = -(-shape[0] // shard), math.gcd(shape[-1], BLOCK)
         count, inside = rows * math.prod(shape[1:]), name.startswith("blocks.")
         linear = inside and len(shape) == 2 and fits(shape)
@@ -93,11 +106,15 @@ class NetPlan:
         """Parameters on rank 0 of `shard` ranks."""
         return numbers(self.config, shard).all
 
+    def trained_numbers(self, *, shard: int = 1) -> Numbers:
+        """Of what is trained, on rank 0 of `shard` ranks."""
+        if self.rank:
+            return adapter_numbers(self.config, self.layers, self.rank, shard)
+        return numbers(self.config, shard)
+
     def trained_elements(self, *, shard: int = 1) -> int:
         """As `elements`, of what is trained."""
-        if self.rank:
-            return adapter_elements(self.layers, self.config, rank=self.rank, shard=shard)
-        return self.elements(shard=shard)
+        return self.trained_numbers(shard=shard).all
 
     @property
     def block_elements(self) -> int:
@@ -220,8 +237,14 @@ class Job:
     def rolls_gathered(self, phase: PhasePlan) -> bool:
         """Whether the student's weights stay gathered from pass to pass (`rcm.train.step`)."""
         student = self.net("student")
-        count = student.elements() + bool(student.rank) * student.trained_elements()
+        count = student.elements() + self.adapter_elements(student)
         return phase.rollout and self.is_wrapped(student) and count <= self.keep_gathered
+
+    def adapter_elements(self, net: NetPlan) -> int:
+        """Of all sets of adapters on the network that `net` computes with."""
+        base = net.base or net.role
+        sets = (own for own in self.nets if own.rank and (own.base or own.role) == base)
+        return sum(own.trained_elements() for own in sets)
 
     def is_rounded(self, net: NetPlan) -> bool:
         """Whether the blocks' weights of `net` are e4m3."""

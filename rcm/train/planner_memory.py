@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 from rcm.nets.layout import TokenLayout
 from rcm.train.kept_adamw import BUCKET
-from rcm.train.moments import BLOCK
 from rcm.train.planner_job import Job, NetPlan, Numbers, Pass, PhasePlan, numbers
 
 LATENT_TENSORS = 8
@@ -141,12 +140,10 @@ def compute_size(job: Job, net: NetPlan, count: int, *, of: Numbers) -> float:
 
 def moment_bytes(job: Job, net: NetPlan) -> float:
     """Both moments of a trained network on rank 0."""
-    count, of = job.trained(net), job.stored(net)
+    of = net.trained_numbers(shard=job.shard_ranks)
     if net.states in ("float32", "bfloat16"):
-        return 2.0 * count * (job.param_bytes if net.states == "float32" else 2)
-    if net.rank:  # factors have a few blocks per row
-        return 2.0 * count * (1 + 4 / math.gcd(net.rank, BLOCK))
-    return 2.0 * (of.coded + 4 * of.scales + job.param_bytes * (count - of.coded))
+        return 2.0 * of.all * (job.param_bytes if net.states == "float32" else 2)
+    return 2.0 * (of.coded + 4 * of.scales + job.param_bytes * (of.all - of.coded))
 
 
 def update_terms(job: Job, phase: PhasePlan) -> list[Term]:
@@ -271,19 +268,23 @@ def gathered_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     terms = [Term("gathered parameters", max(sizes), what)] if sizes else []
     if job.rolls_gathered(phase) and "student" in (phase.role, step.role):
         net = job.net("student")
-        inside = max(0, 1 - 2 / net.config.num_layers) * numbers(net.config).blocks
-        size = compute_size(job, net, math.ceil(inside), of=numbers(net.config))
+        others, of = max(0, 1 - 2 / net.config.num_layers), numbers(net.config)
+        size = compute_size(job, net, math.ceil(others * of.blocks), of=of)
+        size += job.compute_bytes * others * job.adapter_elements(net)
         terms.append(Term("student kept gathered", size, "its other blocks, for a rollout"))
     return terms
 
 
 def gathered_bytes(job: Job, net: NetPlan) -> float:
-    """Two blocks and what lies outside them; from the host, shards of two as they are stored."""
+    """Two blocks, with all adapters on them, and what lies outside them; from the host, shards of
+    two as they are stored.
+    """
     of, count = numbers(net.config), min(2, net.config.num_layers)
-    root = job.compute_bytes * (2 * bool(net.rank) * net.trained_block + of.all - of.blocks)
     arriving = count * job.param_bytes * net.block_elements / job.shard_ranks
-    whole = count / net.config.num_layers * compute_size(job, net, of.blocks, of=of)
-    return whole + root + arriving * job.lives_on_host(net)
+    whole = compute_size(job, net, of.blocks, of=of)
+    whole += job.compute_bytes * job.adapter_elements(net)
+    root = job.compute_bytes * (of.all - of.blocks)
+    return whole * count / net.config.num_layers + root + arriving * job.lives_on_host(net)
 
 
 def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rcm.nets.layout import TokenLayout
-from rcm.nets.wan.adapters import adapter_elements
+from rcm.nets.wan.adapters import factor_shapes
 from rcm.nets.wan.config import WanConfig
 from rcm.train.planner_card import Card
 from rcm.train.planner_job import (
@@ -154,7 +154,8 @@ def _factors(net: NetPlan) -> int:
     factors to weights, which costs no token anything. Layers of the text have few tokens.
     """
     own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]
-    return 4 * adapter_elements(own, net.config, rank=net.rank) if net.rank else 0
+    shapes = factor_shapes(own, net.config, rank=net.rank)
+    return 4 * net.config.num_layers * sum(rows * columns for rows, columns in shapes)
 
 
 def _widening(job: Job, card: Card, net: NetPlan) -> float:

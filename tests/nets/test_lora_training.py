@@ -13,7 +13,7 @@ from rcm.core.dual import guard_tangents, jvp
 from rcm.core.errors import ConfigError
 from rcm.nets.layout import TokenLayout
 from rcm.nets.lora import AdaptedNet, attach, initial_factors
-from rcm.nets.wan.adapters import LAYERS, adapted_layers, adapter_elements, largest_rank
+from rcm.nets.wan.adapters import LAYERS, adapted_layers, factor_shapes, largest_rank
 from rcm.nets.wan.fp8 import quantise_linears_
 from rcm.nets.wan.lora import by_layer, merge
 from rcm.nets.wan.model import WanDiT
@@ -154,8 +154,8 @@ def test_a_role_shows_its_own_tensors_alone() -> None:
     assert list(teacher.state_dict()) == list(tiny_net().state_dict())
     assert list(student.state_dict()) == [name for name, _ in student.named_parameters()]
     assert "blocks.1.ffn.2.lora_B.weight" in student.state_dict() and len(student.state_dict()) == 8
-    elements = sum(p.numel() for p in student.parameters())
-    assert elements == adapter_elements(("self_attn.q", "ffn.2"), net.config, rank=RANK)
+    shapes = factor_shapes(("self_attn.q", "ffn.2"), net.config, rank=RANK)
+    assert [tuple(p.shape) for p in student.parameters()] == shapes * net.config.num_layers
     assert not any(p.requires_grad for p in teacher.parameters()) and all(p.requires_grad for p in student.parameters())
     with pytest.raises(TypeError, match="load_full"):
         student.load_state_dict({})

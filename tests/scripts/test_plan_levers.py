@@ -19,6 +19,8 @@ from rcm.configs.plan_job import plan_job
 from rcm.configs.plan_search import LADDER, MACHINES, Search
 from rcm.core.errors import ConfigError
 from rcm.nets.frozen_fp8 import round_linears_
+from rcm.nets.lora import AdaptedNet, attach
+from rcm.nets.wan.adapters import LAYERS
 from rcm.nets.wan.config import PRESETS, WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.train import planner_memory
@@ -49,6 +51,20 @@ def test_moments_take_what_the_optimiser_allocates(states: str) -> None:
     optimizer = AdamWConfig(states=states).build(net.parameters(), host=True)
     found = sum(value.nbytes for p in net.parameters() for name, value in optimizer.blank_state(p).items() if name != "step")
     plan = NetPlan("student", SIZES, trained=True, states=states)
+    assert moment_bytes(Job("job", (plan,), (), 1), plan) == found
+
+
+@pytest.mark.parametrize("rank", [8, 32, 48])
+@pytest.mark.parametrize("states", ["bfloat16", "int8"])
+def test_moments_of_adapters_take_what_the_optimiser_allocates(states: str, rank: int) -> None:
+    """Rows of B are of the rank, which may have no block of 32; they stay wide."""
+    pytest.importorskip("torchao.optim")
+    net = WanDiT(SIZES, attention="reference")
+    attach(net, LAYERS, roles=["student"], rank=rank, alpha=rank)
+    own = list(AdaptedNet(net, "student").parameters())
+    optimizer = AdamWConfig(states=states).build(own, host=True)
+    found = sum(value.nbytes for p in own for name, value in optimizer.blank_state(p).items() if name != "step")
+    plan = NetPlan("student", SIZES, trained=True, states=states, rank=rank, layers=LAYERS)
     assert moment_bytes(Job("job", (plan,), (), 1), plan) == found
 
 

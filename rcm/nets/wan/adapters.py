@@ -92,11 +92,7 @@ def largest_rank(layers: Iterable[str], config: WanConfig) -> int:
     return min(min(layer_size(layer, config)) for layer in layers)
 
 
-def adapter_elements(layers: Iterable[str], config: WanConfig, *, rank: int, shard: int = 1) -> int:
-    """Numbers in one set of adapters of the whole network that rank 0 of `shard` ranks holds:
-    factors are cut along their first axis.
-    """
+def factor_shapes(layers: Iterable[str], config: WanConfig, *, rank: int) -> list[tuple[int, int]]:
+    """Shapes of one block's factors A and B, layer by layer."""
     sizes = [layer_size(layer, config) for layer in layers]
-    return config.num_layers * sum(
-        -(-rank // shard) * wide_in + -(-wide_out // shard) * rank for wide_in, wide_out in sizes
-    )
+    return [shape for wide_in, wide_out in sizes for shape in ((rank, wide_in), (wide_out, rank))]
