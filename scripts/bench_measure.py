@@ -26,8 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError, first_line
-from rcm.core.files import write_atomically
-from rcm.inference.flag_ranges import RANGES, check_numbers
+from rcm.core.output_file import OutputFile
 from rcm.inference.outcome import writable_file
 from rcm.nets.attention import AttentionCore
 from rcm.nets.frozen_fp8 import load_rows, scales_of
@@ -50,20 +49,9 @@ class CheckFailed(ConfigError):
     """
 
 
-class _Bench(Arguments):
-    """Counts and limits are checked as soon as they are read."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse; `ConfigError` for a number that nothing can be measured with."""
-        found = super().parse_args(args, namespace)
-        known = {name: value for name, value in vars(found).items() if name in RANGES}
-        check_numbers(argparse.Namespace(**known))
-        return found
-
-
 def bench_flags(doc: str, *, file: str = "--json", default: str | None = None) -> Arguments:
     """The parser of a benchmark with the flag `file` for its numbers; `doc` is its help."""
-    parser = _Bench(description=doc)
+    parser = Arguments(description=doc)
     parser.add_argument(
         file, type=writable_file, metavar="FILE", default=default, help="write all numbers there"
     )
@@ -164,9 +152,9 @@ def in_words(row: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     )
 
 
-def write(path: str | os.PathLike[str], content: object) -> None:
+def write(target: OutputFile, content: object) -> None:
     """JSON, whole or not at all; what JSON does not know (paths, dtypes) as its text."""
-    write_atomically(Path(path), json.dumps(content, indent=1, default=str))
+    target.write(json.dumps(content, indent=1, default=str))
 
 
 def forget(device: str | torch.device = "cuda") -> None:

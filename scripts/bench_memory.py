@@ -19,7 +19,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -27,6 +26,7 @@ from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job
 from rcm.core.errors import first_line
+from rcm.core.output_file import OutputFile
 from rcm.inference.outcome import command
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.planner import Prediction, predict
@@ -153,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(case: str, rows: Sequence[Measured], path: Path | None, device: torch.device) -> None:
+def _report(
+    case: str, rows: Sequence[Measured], path: OutputFile | None, device: torch.device
+) -> None:
     on = machine(device)
     print(
         f"\n{case}: done, RANDOM weights, made-up data; {in_words(on)}\n{table(rows)}", flush=True

@@ -272,11 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = arguments(argv)
     load_registry(DEFAULT_REGISTRY)
-    if options.gpus is not None and options.gpus < 1:
-        raise ConfigError(f"--gpus {options.gpus} must be at least 1")
     ranks = options.gpus or launched_world()
     if options.report:
-        if options.json is None or not options.json.is_file():
+        if options.json is None or not options.json.path.is_file():
             named = "" if options.json is None else f", and {options.json} is none"
             raise ConfigError(f"--report reads the file of --json; give one{named}")
         records = Ledger(options.json).records()

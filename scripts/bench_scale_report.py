@@ -8,13 +8,13 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.output_file import OutputFile
 from rcm.train.planner import Prediction
 from scripts.bench_measure import machine, write
 from scripts.bench_scale_flops import mfu
@@ -33,7 +33,7 @@ class Ledger:
     """
 
     def __init__(
-        self, path: Path | None, *, ranks: int = 1, device: torch.device | None = None
+        self, path: OutputFile | None, *, ranks: int = 1, device: torch.device | None = None
     ) -> None:
         self.path = path
         self._content: dict[str, Any] = _read(path)
@@ -83,18 +83,18 @@ class Ledger:
 
     def _write(self) -> None:
         if self.path is not None:
-            write(str(self.path), self._content)
+            write(self.path, self._content)
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, int]:
     return record["row"], record["ranks"]
 
 
-def _read(path: Path | None) -> dict[str, Any]:
-    if path is None or not path.is_file() or not path.stat().st_size:
+def _read(path: OutputFile | None) -> dict[str, Any]:
+    if path is None or not path.path.is_file() or not path.path.stat().st_size:
         return {"rows": []}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.path.read_text())
         _ = [_key(record) for record in content["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no file of bench_scale; give --json another name") from error

@@ -32,10 +32,8 @@ from typing import Any
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
-from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import command
+from rcm.inference.outcome import command, writable_file
 
 with contextlib.suppress(ModuleNotFoundError):  # `_run` tells
     from websockets.asyncio.client import ClientConnection, connect
@@ -132,29 +130,24 @@ json FILE
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `rcm bench serve`."""
     parser = Arguments(prog="rcm bench serve", description=__doc__)
-    add_flags(parser, _FLAGS)
+    add_flags(parser, _FLAGS, json={"type": writable_file})
     flags = parser.parse_args(argv)
     if importlib.util.find_spec("websockets") is None:
         raise ConfigError(
             "rcm bench serve needs websockets, which is not installed; install it with: pip"
             ' install "rcm[serve]"'
         )
-    check_numbers(flags)
-    if flags.slow < 0 or flags.vanish < 0 or not flags.seconds >= 4:
-        raise ConfigError(
-            f"--seconds {flags.seconds:g} must be at least 4, --slow {flags.slow} and --vanish"
-            f" {flags.vanish} at least 0"
-        )
+    if flags.seconds < 4:
+        raise ConfigError(f"--seconds {flags.seconds:g} must be at least 4")
     if not 0 < flags.slow + flags.vanish < flags.clients:
         raise ConfigError(
             f"--slow {flags.slow} and --vanish {flags.vanish} must leave some of --clients"
             f" {flags.clients}"
         )
-    target = flags.json and OutputFile.claim(flags.json, suffix=".json", knob="--json")
     load = measure(**{name: value for name, value in vars(flags).items() if name != "json"})
     print(table(load))
-    if target:
-        target.write(json.dumps(asdict(load), indent=2))
+    if flags.json:
+        flags.json.write(json.dumps(asdict(load), indent=2))
     return 1 if load.faults else 0
 
 

@@ -22,10 +22,10 @@ import torch
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
-from rcm.core.rng import require_seed
+from rcm.core.output_file import require_folder
 from rcm.data.latents import LatentShards
 from rcm.data.prompts import read_prompts
-from rcm.data.shard_writer import ShardSample, build_shards, check_build, shard_name
+from rcm.data.shard_writer import ShardSample, build_shards, shard_name
 from rcm.inference.checkpoint_flags import HERE, KINDS
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
@@ -105,8 +105,6 @@ def toy_prompts(model: LoadedModel, num: int, *, seed: int) -> list[str]:
             f"{model.source} is not a teacher of the toy world; give its prompts with --prompts"
             " FILE"
         )
-    if num < 1:
-        raise ConfigError(f"--num={num} must be at least 1")
     height, width = model.pixel_size
     world = ToyWorld(
         ToyWorldConfig.at_size(
@@ -153,9 +151,8 @@ def inputs(options: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
 def check(options: argparse.Namespace) -> tuple[float, ...]:
     """The times, once every number is seen to be possible: before the teacher is read."""
     times = parse_times(options.times)
-    check_build(options.out, num=options.num, shard_size=options.shard_size, batch=options.batch)
+    require_folder(options.out, f"--out {options.out}")
     check_numbers(times=times, shift=options.shift, guidance=options.guidance)
-    require_seed(options.seed, knob="--seed")
     check_device(options.device)
     return times
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
+from rcm.core.output_file import require_folder
 from rcm.evaluation.compare import compare, require_same_conditions, side_by_side
 from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_report import write_comparison_page, write_metrics_page
@@ -56,17 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(flags: argparse.Namespace) -> None:
     """Check that the folders belong together, measure, write the page."""
     check_device(flags.device)
-    for flag, least in (("max_videos", 1), ("grid_videos", 0)):
-        if (value := getattr(flags, flag)) is not None and value < least:
-            raise ConfigError(f"--{flag} {value} must be at least {least}")
     names = common_videos(flags.folders)[: flags.max_videos]
     if len(flags.folders) > 1 and not flags.ignore_conditions:
         try:
             require_same_conditions(flags.folders)
         except ConfigError as error:
             raise ConfigError(f"{error}; or pass --ignore_conditions") from error
-    OutputFile.claim(flags.out / "scores.json", knob="--out")
-    if any(flags.out.samefile(folder) for folder in flags.folders):
+    require_folder(flags.out, f"--out {flags.out}")
+    if any(flags.out.resolve() == folder.resolve() for folder in flags.folders):
         raise ConfigError(
             f"--out {flags.out} is one of the folders of videos, which the page's copies would"
             " replace; choose another"

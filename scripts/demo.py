@@ -14,7 +14,6 @@ prints a table, and exits 1 if a stage misses its gate. Every stage is an ordina
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import shlex
@@ -31,6 +30,7 @@ import torch
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.files import discard
+from rcm.core.output_file import require_folder
 from rcm.core.stop_signal import status_of
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
@@ -82,18 +82,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _folder(args: argparse.Namespace) -> Path:
     """Check the flags, and that the folder is a demo's or empty."""
-    if not (math.isfinite(args.scale) and args.scale > 0):
-        raise ConfigError(f"--scale {args.scale} must be a positive number")
-    if not 8 <= args.videos <= 10_000:
-        raise ConfigError(
-            f"--videos {args.videos} must be at least 8, the fewest that can be scored, and at most"
-            " 10000"
-        )
     folder = args.out or Path("outputs/demo_quick" if args.quick else "outputs/demo")
     if str(folder).encode(errors="replace") != os.fsencode(folder):
         raise ConfigError(f"--out {str(folder)!r} is not UTF-8; choose another name")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; choose a folder")
+    require_folder(folder, f"--out {folder}")
     if odd := re.search(r"[,*?[]|\$\{", str(folder)):
         raise ConfigError(f"--out {folder}: a name with {odd[0]} cannot be a value of rcm train")
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
+from rcm.core.output_file import OutputFile, require_folder
 from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_pixels import clip_of, colour, differences, flicker, sharpness
 from rcm.evaluation.report import write_report
-from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
 from rcm.pipelines.video_io import contact_sheet, iter_frames
@@ -190,14 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"two videos are called {', '.join(sorted(twice))}; write NAME=FILE with different"
             " names"
         )
-    check_numbers(flags)
     if flags.window < 3:
         raise ConfigError(f"--window {flags.window} must be at least 3 frames")
     check_device(flags.device)
     toy = None if flags.toy_prompt is None else toy_adherence(flags.toy_prompt)
     features = _features(flags.device) if flags.features else None
     folder = Path(flags.out)
-    OutputFile.claim(folder / "report.html", suffix=".html", knob="--out")
+    require_folder(folder, f"--out {folder}")
     drifts = []
     for name, path in named:
         drifts.append(measure(name, path, window=flags.window, features=features, toy=toy))

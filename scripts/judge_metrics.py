@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
+from rcm.core.output_file import require_folder
 from rcm.core.text_file import read_text
 from rcm.evaluation.metrics_degrade import SOURCE_FRAMES
 from rcm.evaluation.metrics_judge import Case, cases_of, share_right, tables
@@ -80,7 +80,7 @@ def run(flags: argparse.Namespace) -> bool:
     """Measure what is missing, judge, tell. Returns whether enough are ranked right."""
     if flags.docs is not None:
         _around(flags.docs)
-    OutputFile.claim(flags.out / "measured.json", knob="--out")
+    require_folder(flags.out, f"--out {flags.out}")
     models = Models() if flags.pixels_only else Models.installed()
     for why in models.absent.values():
         print(f"without: {why}")

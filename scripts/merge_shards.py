@@ -15,8 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from rcm.core.output_file import require_folder
 from rcm.data.shard_merge import merge_shards
-from rcm.data.shard_writer import check_build
 from rcm.inference.outcome import command
 from scripts.named_shards import named_shards, shard_flags
 
@@ -46,7 +46,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
-    check_build(options.out, num=None, shard_size=options.shard_size)
+    require_folder(options.out, f"--out {options.out}")
     paths = named_shards(options.shards)
     written = merge_shards(paths, options.out, shard_size=options.shard_size)
     print(f"{len(paths)} shards in {len(written)}: {options.out}/shard-*.tar")

@@ -316,8 +316,6 @@ def plain(found: Prediction) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags, own, overrides = arguments(argv)
-    if flags.json is not None and not flags.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {flags.json}: there is no folder {flags.json.parent}")
     target = None
     if flags.json is not None:
         target = sparing(OutputFile.claim(flags.json, knob="--json"), flags, knob="--json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -34,8 +33,6 @@ def open_sampler(flags: argparse.Namespace, *, device: torch.device) -> VideoSam
     `ConfigError` and `CheckpointError` for flags that the model has no use for, and files that are
     missing or do not fit.
     """
-    if flags.fps is not None and not 0 < flags.fps < math.inf:
-        raise ConfigError(f"--fps {flags.fps:g} must be positive and finite")
     if not Path(flags.dit_path).exists():
         raise CheckpointError(f"--dit_path {flags.dit_path} does not exist")
     if describes_itself(flags.dit_path):

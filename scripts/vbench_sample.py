@@ -20,7 +20,6 @@ steps, guidance 5 and shift 5 without --distilled).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ import torch
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import require_expanded
+from rcm.core.output_file import require_folder
 from rcm.core.rng import require_seed
 from rcm.evaluation.vbench_images import placed_crops, placed_list, require_images, with_images
 from rcm.evaluation.vbench_manifest import beside
@@ -44,7 +43,6 @@ from rcm.evaluation.vbench_prompts import (
     with_extended,
 )
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
-from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.launch import this_launch
@@ -72,7 +70,7 @@ dry_run                 say what would be sampled; reads no weights
 """
 
 
-@command
+@command(log="INFO")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     run(arguments(argv))
@@ -150,17 +148,11 @@ def _placed(flags: argparse.Namespace) -> Path:
 
 def run(flags: argparse.Namespace) -> None:
     """Check the flags, open the model, sample this rank's share."""
-    check_numbers(flags)
     require_seed(flags.seed, knob="--seed", draws=flags.num_samples)
     items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
     parent = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
     folder = flags.output_dir or parent / output_name(flags)
-    require_expanded(folder, f"--output_dir {folder}")
-    parents = (folder, *folder.absolute().parents)
-    place = next(path for path in parents if os.path.lexists(path))
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "cannot be written to" if place.is_dir() else "is no folder"
-        raise ConfigError(f"--output_dir {folder}: {place} {what}; choose another folder")
+    require_folder(folder, f"--output_dir {folder}")
     job = SuiteRun(
         items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=image_folder(flags)
     )

@@ -31,6 +31,7 @@ from typing import Any
 
 from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
+from rcm.core.output_file import require_folder
 from rcm.evaluation.vbench_explain import PUBLISHED, explain, published_side, run_side, told
 from rcm.evaluation.vbench_files import cache_folder, problems
 from rcm.evaluation.vbench_files import told as files_told
@@ -196,6 +197,7 @@ def _score_videos(flags: argparse.Namespace, suite: Suite, results: Path) -> boo
             " --dry_run lists them all"
         )
     if wanted:
+        require_folder(launch.output, f"--result_dir {results}")
         launch.output.mkdir(parents=True, exist_ok=True)
         prepare(launch, flags.videos_path, rows)
     for name in wanted:

@@ -36,7 +36,6 @@ from scripts.named_shards import named_shards, shard_flags
 CODECS = {"toy": ToyCodec(), "natural": NATURAL}
 _WAN_CHANNELS = 16
 _THUMBNAIL = 208
-_MOST_ROWS = 10**6
 _CAPTION = 100
 
 
@@ -144,8 +143,6 @@ def _thumbnail(codec: LatentCodec, latents: torch.Tensor) -> torch.Tensor:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
-    if not 0 <= options.rows <= _MOST_ROWS:
-        raise ConfigError(f"--rows {options.rows} must be in 0 to {_MOST_ROWS}")
     how = {"codec": options.codec, "vae_path": options.vae_path}
     sheet = None
     if options.sheet is not None:

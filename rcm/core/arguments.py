@@ -1,5 +1,6 @@
 """The parser of every command line: a word that it cannot read is answered in one sentence, with
-the flag that was likely meant, and so is a flag that would have no effect beside another.
+the flag that was likely meant, and so is a flag that would have no effect beside another, and a
+number that nothing can be done with (`ConfigError`, as for other values).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rcm.core.flag_ranges import check_numbers
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -68,11 +71,11 @@ class Arguments(argparse.ArgumentParser):
         return [_name(action) for action in self._actions]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, then `idle`."""
+        """As in argparse, then `idle` and the ranges of numbers."""
         return self._read(super().parse_known_args, args, namespace)
 
     def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, then `idle`."""
+        """As in argparse, then `idle` and the ranges of numbers."""
         return self._read(super().parse_known_intermixed_args, args, namespace)
 
     def _read(self, read: Callable[[Any, Any], Any], args: Any, namespace: Any) -> Any:
@@ -84,6 +87,7 @@ class Arguments(argparse.ArgumentParser):
         finally:
             self._reading = False
         self._refuse_idle(found[0])
+        check_numbers(found[0])
         return found
 
     def error(self, message: str) -> NoReturn:

@@ -1,5 +1,5 @@
-"""A file that a command will write: looked at once, before the work, and what was looked at is what
-is written after it.
+"""A file or folder that a command will write: looked at once, before the work, and what was looked
+at is what is written after it. A look leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -40,6 +40,29 @@ def require_expanded(path: str | Path, named: str) -> None:
         raise ConfigError(f"{named} would be in a folder called ~; write {home}")
 
 
+def require_folder(path: Path, named: str) -> None:
+    """`ConfigError` unless files can be written to the folder `path`, which need not be there;
+    `named` is what the sentence calls it.
+    """
+    require_expanded(path, named)
+    try:
+        _place(path)
+    except OSError as error:
+        raise ConfigError(f"{named}: {error.strerror}; choose another folder") from error
+
+
+def _place(folder: Path) -> Path:
+    """`folder`, or what is there above it; `OSError` where no files can be written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if there.is_symlink() and not there.exists():
+        raise OSError(errno.ELOOP, f"{there} is a link that leads nowhere, or in a circle")
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{there} is write-protected")
+    return there
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """`path` is absolute, links followed; `given` as the user wrote it, for messages. Made by
@@ -49,11 +72,15 @@ class OutputFile:
     path: Path
     given: str
 
+    def __str__(self) -> str:
+        return self.given
+
     @classmethod
     def claim(
         cls, given: str | Path | OutputFile, *, suffix: str | Sequence[str] = (), knob: str = ""
     ) -> OutputFile:
-        """The target, once it is clear that a file can be made there; folders above it are made.
+        """The target, once it is clear that a file can be made there; folders above it are made
+        when it is written.
 
         `ConfigError` for a name that no file can have, or of a suffix other than `suffix` (or one
         of them); `OSError` with the path for a folder, a device, a place without permission or
@@ -88,33 +115,37 @@ class OutputFile:
                 raise OSError(errno.EINVAL, "is a device or a pipe, no file")
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(errno.EACCES, "the file is write-protected")
-        if len(os.fsencode(self.path.name)) > os.pathconf("/", "PC_NAME_MAX"):
+        there, most = _place(self.path.parent), os.pathconf("/", "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > most for part in self.path.relative_to(there).parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        probe = there / f".{secrets.token_hex(6)}.partial"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(errno.ENOTDIR, "what is above it is no folder") from error
-        with self.replacing(keep=False) as temporary, open(temporary, "wb") as file:
-            file.write(_PROBE)
-            file.flush()
-            os.fsync(file.fileno())
+            with open(probe, "wb") as file:
+                file.write(_PROBE)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            # the reason that it cannot be removed is the one already being raised
+            with contextlib.suppress(OSError):
+                discard(probe)
 
     def temporary(self) -> Path:
-        """A new name beside the target, of the same suffix, short enough for any file system."""
+        """A new name beside the target, of the same suffix, short enough for any file system; the
+        folder for it is made.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         suffix = self.path.suffix if len(self.path.suffix) < 16 else ""
         return self.path.parent / f".{secrets.token_hex(6)}.partial{suffix}"
 
     @contextlib.contextmanager
-    def replacing(self, *, keep: bool = True) -> Iterator[Path]:
+    def replacing(self) -> Iterator[Path]:
         """A new path beside the target, for any program to write to; renamed onto the target when
-        the block ends well, else removed. An older file stays until then. `keep` False: removed in
-        any case.
+        the block ends well, else removed. An older file stays until then.
         """
         temporary = self.temporary()
         try:
             yield temporary
-            if keep:
-                os.replace(temporary, self.path)
+            os.replace(temporary, self.path)
         finally:
             # the reason that it cannot be removed is the one already being raised
             with contextlib.suppress(OSError):

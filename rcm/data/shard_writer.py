@@ -21,7 +21,6 @@ from rcm.data.set_index import MANY, record_shards
 from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, scan_shard, write_index
 
 MANIFEST = "dataset.json"
-_MOST_SAMPLES = 10**9
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,6 @@ def require_finite(samples: torch.Tensor, numbers: Sequence[int], *, what: str, 
     ]
     if bad:
         raise ConfigError(f"samples {bad} came out with NaN or infinite {what}; {knob}")
-
-
-def check_build(out: Path, *, num: int | None, shard_size: int, batch: int = 1) -> None:
-    """ConfigError naming the flag for counts below 1 or beyond reason, or a folder that cannot be
-    one: before any work.
-    """
-    for name, value in (("num", num), ("shard-size", shard_size), ("batch", batch)):
-        if value is not None and not 1 <= value <= _MOST_SAMPLES:
-            raise ConfigError(f"{name}={value} must be in 1 to {_MOST_SAMPLES}; change --{name}")
-    folders = (out, *out.absolute().parents)
-    there = next((folder for folder in folders if os.path.lexists(folder)), None)
-    if there is not None and not there.is_dir():
-        raise ConfigError(
-            f"cannot write to the output folder {out}: {there} is a file; change --out"
-        )
 
 
 def shard_name(number: int) -> str:

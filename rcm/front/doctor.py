@@ -33,7 +33,6 @@ from rcm.nets.attention_packages import NotInstalled, Package
 from rcm.parallel.agree import spread
 from rcm.parallel.launch import launch_number
 from rcm.parallel.mesh import launch_group
-from rcm.train.describe import write_atomically
 
 GIB = 1 << 30
 TESTED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.7")}
@@ -378,7 +377,5 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"\n{int(faults)} faults, {warnings} warnings. rcm plan says what fits.", flush=True
             )
             if flags.json:
-                write_atomically(
-                    flags.json, json.dumps([asdict(finding) for finding in found], indent=1) + "\n"
-                )
+                flags.json.write(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     return int(faults.item() > 0)

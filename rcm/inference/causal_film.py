@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.flag_ranges import MAX_FRAMES
 from rcm.core.output_file import OutputFile
 from rcm.core.text_file import read_lines
 from rcm.data.prompts import require_lines
@@ -18,7 +19,6 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.encoders.codec import latent_frames
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.inference.causal_report import Marks
-from rcm.inference.flag_ranges import MAX_FRAMES
 from rcm.inference.wan_outputs import claimed
 from rcm.inference.wan_progress import Progress
 from rcm.nets.condition import Condition

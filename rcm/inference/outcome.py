@@ -91,28 +91,26 @@ def exit_status(
     return failure
 
 
-def command(
-    main: Callable[[Sequence[str] | None], int | None] | None = None, *, failure: int = 2
-) -> Any:
+def command(main: Callable[[Sequence[str] | None], int | None] | None = None, **how: Any) -> Any:
     """Decorate the `main(argv)` of a command, as `@command` or `@command(failure=STATUS)`: whatever
-    its own handling lets through ends as `exit_status` says.
+    its own handling lets through ends as `exit_status` says with the options `how`.
     """
     if main is None:
-        return functools.partial(command, failure=failure)
+        return functools.partial(command, **how)
 
     @functools.wraps(main)
     def ending(argv: Sequence[str] | None = None) -> int:
-        return exit_status(lambda: main(argv), failure=failure)
+        return exit_status(lambda: main(argv), **how)
 
     return ending
 
 
-def writable_file(text: str) -> Path:
+def writable_file(text: str) -> OutputFile:
     """An argparse type: a file that a command writes in the end, found to be writable when the line
     is read.
     """
     try:
-        return OutputFile.claim(text).path
+        return OutputFile.claim(text)
     except (ConfigError, OSError) as error:
         raise argparse.ArgumentTypeError(f"{error}") from error
 

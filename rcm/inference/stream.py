@@ -29,7 +29,6 @@ from rcm.data.prompts import require_lines
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.evaluation.throughput import Throughput, measure
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
-from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, exit_status, sparing
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
@@ -53,11 +52,10 @@ SHOWN = 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rcm stream` and `rcm-stream`; returns the exit status."""
-    flags = _parser().parse_args(argv)
     with warnings.catch_warnings():
         # one process is what this is meant for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return exit_status(lambda: run(flags))
+        return exit_status(lambda: run(_parser().parse_args(argv)))
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -189,7 +187,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    check_numbers(flags)
     if flags.first_latents is not None and flags.first_frames is None:
         raise ConfigError(
             "--first_latents says how much of a file to take; give --first_frames FILE with it"

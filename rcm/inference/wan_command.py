@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import checked_prompts
-from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import OutOfMemory, check_device, exit_status, out_of_memory
 from rcm.inference.wan_flags import NetworkFile
 from rcm.inference.wan_models import Task, open_pipeline
@@ -68,9 +67,9 @@ def wan_main(
     `plan` checks the flags and says what they ask for, `make(flags, job, clock=clock)` does it
     (`run` for the bidirectional commands).
     """
-    flags = parser.parse_args(argv)
     tell = is_first() and leads()
-    return exit_status(lambda: _launch(flags, plan, make or run), tell=tell, log="INFO")
+    work = lambda: _launch(parser.parse_args(argv), plan, make or run)  # noqa: E731
+    return exit_status(work, tell=tell, log="INFO")
 
 
 def _launch(
@@ -118,11 +117,8 @@ def _out_of_memory_told(flags: argparse.Namespace, clock: PartClock) -> Iterator
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    if flags.vae_tile is not None and (flags.vae_tile < 64 or flags.vae_tile % 8):
-        raise ConfigError(
-            f"--vae_tile {flags.vae_tile} must be a multiple of 8 pixels, at least 64"
-        )
-    check_numbers(flags)
+    if flags.vae_tile is not None and flags.vae_tile % 8:
+        raise ConfigError(f"--vae_tile {flags.vae_tile} must be a multiple of 8 pixels")
     [flags.prompt] = checked_prompts(
         [("--prompt", flags.prompt)], allow_empty=flags.allow_empty_prompt
     )

@@ -351,13 +351,7 @@ def single_network(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
 
 
 def experts(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
-    """The experts of an image-to-video command; `ConfigError` unless the boundary is a time between
-    0 and 1.
-    """
-    if not 0 < flags.boundary < 1:
-        raise ConfigError(
-            f"--boundary {flags.boundary:g} must be a time between 0 and 1 (0.9 for image-to-video)"
-        )
+    """The experts of an image-to-video command."""
     return tuple(
         NetworkFile(
             f"--{name}_noise_model_path",

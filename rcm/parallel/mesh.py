@@ -192,9 +192,10 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     """Enter the process group of this launch and yield this rank's device.
 
     Under torchrun (`rcm.parallel.launch`) the group spans its ranks: gloo for CPU tensors, and
-    NCCL for CUDA tensors where `device_type` is "cuda". Otherwise a group of one rank is made in
-    memory, so that a single process takes the same code path (FSDP2 mixed precision included). An
-    existing group is used as it is and left open.
+    NCCL for CUDA tensors where `device_type` is "cuda". Otherwise, and in a launch of one, a group
+    of one rank is made in memory, so that a single process takes the same code path (FSDP2 mixed
+    precision included); where ranks of a parent meet it has no business. An existing group is used
+    as it is and left open.
     """
     launch = stated_launch()
     device = launch.device(device_type)
@@ -206,7 +207,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     end_threads_at_exit()
     try:
-        if launch.launched:
+        if launch.launched and launch.world_size > 1:
             _meet(backend, launch, None if device.type == "cpu" else device)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -24,7 +24,6 @@ from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import says_nothing
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
-from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, exit_status
 from rcm.pipelines.from_checkpoint import LoadedModel
@@ -42,8 +41,7 @@ SMALL = 128
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rcm serve`; returns the exit status, 0 after Ctrl-C."""
-    flags = _parser().parse_args(argv)
-    return exit_status(lambda: run(flags))
+    return exit_status(lambda: run(_parser().parse_args(argv)))
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -54,7 +52,6 @@ def run(flags: argparse.Namespace) -> None:
             f"rcm serve needs {', '.join(missing)}, which is not installed; install it with: pip"
             ' install "rcm[serve]"'
         )
-    check_numbers(flags)
     check_device(flags.device)
     if flags.prompt is not None and says_nothing(flags.prompt):
         raise ConfigError("--prompt is empty; write one, or leave it out for the first preset")

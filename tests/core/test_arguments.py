@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from rcm.core.arguments import Arguments, one_of
+from rcm.core.errors import ConfigError
 
 
 def parser() -> Arguments:
@@ -68,3 +69,10 @@ def test_a_parser_forgets_the_last_line_and_knows_its_flags(capsys):
     made.parse_args(["--smallest"])
     with pytest.raises(StopIteration):
         made.idle("no_such", beside="smallest")
+
+
+@pytest.mark.parametrize("line", ["--seed -1", "--seed 4294967296", "--index 0", "--index 99999999999999999999"])
+def test_numbers_are_in_their_ranges(line):
+    for read in (parser().parse_args, parser().parse_intermixed_args):
+        with pytest.raises(ConfigError, match=f"^{line} must be at"):
+            read([*line.split(), "--kind", "clips"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.faults.case import Fault, each
-from tests.faults.test_command_values import DEADLINE, HUGE, _nothing_written, wan_files
+from tests.faults.test_command_values import DEADLINE, _nothing_written, wan_files
 from tests.support.tiny_wan_files import dit
 
 FEW = ("--distilled", "--num_steps", "1")
@@ -43,27 +43,6 @@ def scenes(name: str, refusal: str, content: bytes, *words: str, flag: str = "--
     return causal(name, refusal, *FEW, flag, "FOLDER/scenes.txt", *words, write=write, prompt=False)
 
 
-NUMBERS = {
-    "first_chunk_t": ("0", "-1", HUGE),
-    "chunk_t": ("0", "-3"),
-    "num_frames": ("0", "-5"),
-    "num_steps": ("0", "-1"),
-    "sigma_max": ("0", "nan", "inf"),
-    "num_samples": ("0",),
-    "num_runs": ("0",),
-    "warmup_iters": ("-1",),
-    "prompt_blend": ("-1",),
-    "ntk_t": ("0", "-1", "nan"),
-    "kv_hot_chunks": ("-1",),
-    "kv_group_size_k": ("1.5", HUGE),
-    "seed": ("-1",),
-}
-VALUES = [
-    causal(f"{flag} {value}", f"--{flag}.*(must be|invalid)", *FEW, f"--{flag}={value}")
-    for flag, values in NUMBERS.items()
-    for value in values
-]
-
 SAMPLING = [
     causal("schedules without steps", "without --steps_per_chunk", "--distilled", "--mid_t_schedules", "5/8"),
     causal(
@@ -78,21 +57,11 @@ SAMPLING = [
     ),
     causal("too few mid times", "Need 4 mid_t values for 5 steps", "--distilled", "--num_steps", "5"),
     causal("too few in a schedule", "Need 3 mid_t values for 4 steps", "--distilled", "--steps_per_chunk", "4", "--mid_t_schedules", "5/8"),
-    causal("no steps in a chunk", "steps_per_chunk", "--distilled", "--steps_per_chunk", "4", "0"),
-    causal("negative steps in a chunk", "steps_per_chunk", "--distilled", "--steps_per_chunk", "-1"),
     causal("steps per chunk of a teacher", "need --distilled", "--steps_per_chunk", "4"),
     causal("mid times of a teacher", "--mid_t need --distilled", "--mid_t", "5/8"),
     causal("two numbers of steps", "give one of them", "--distilled", "--num_steps", "1", "--steps_per_chunk", "1"),
     causal("guidance of a student", "leave out --distilled", *FEW, "--guidance_scale", "3"),
     causal("shift of a student", "leave out --distilled", *FEW, "--timestep_shift", "3"),
-    causal(
-        "negative start chunk",
-        "start_chunk -1 must be at least 0",
-        *FEW,
-        "--context_from_last_step",
-        "--context_from_last_step_start_chunk",
-        "-1",
-    ),
     causal("start chunk of clean context", "add --context_from_last_step", *FEW, "--context_from_last_step_start_chunk", "1"),
     *(
         []
@@ -257,6 +226,6 @@ FILES = [
 ]
 
 
-@each(VALUES + SAMPLING + EXTRAPOLATION + CACHE + SCENES + FILES)
+@each(SAMPLING + EXTRAPOLATION + CACHE + SCENES + FILES)
 def test_refused(case: Fault, tmp_path: Path) -> None:
     case.check(tmp_path)

@@ -4,6 +4,7 @@ answered in one sentence.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import re
@@ -14,8 +15,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from rcm.core.arguments import Arguments
+from rcm.core.flag_ranges import RANGES
 from rcm.front import cli
 from rcm.front.commands import COMMANDS, Command
+from rcm.inference.causal_methods import METHODS
+from rcm.kernels.kv_codec.spec import FLAGS
 from tests.hygiene.source import ROOT
 
 PARTS_OF_ANOTHER = {"scripts.train", "scripts.bench_masked"}
@@ -77,6 +82,32 @@ def test_a_flag_that_no_command_has_is_refused_in_one_sentence(line: str, comman
         status = end.code
     said = capsys.readouterr().err
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+class _Built(BaseException):
+    """The parser of a command, in place of what it reads."""
+
+
+def _numbers(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from (name for inner in action.choices.values() for name in _numbers(inner))
+        elif action.type in (int, float):
+            yield action.dest
+
+
+def test_every_number_of_every_command_has_a_range(monkeypatch) -> None:
+    def build(parser: Arguments, *given: object) -> None:
+        raise _Built(parser)
+
+    monkeypatch.setattr(Arguments, "_read", build)
+    of_records = {*FLAGS, *(flag for method in METHODS.values() for flag in method.flags)}
+    """What the codec and the policies say of their own numbers."""
+    for line, command in leaves():
+        with pytest.raises(_Built) as built:
+            cli.load_main(command)([*command.given])
+        unknown = set(_numbers(built.value.args[0])) - RANGES.keys() - of_records
+        assert not unknown, f"{line} takes numbers without a range in rcm.core.flag_ranges: {unknown}"
 
 
 @pytest.mark.parametrize(

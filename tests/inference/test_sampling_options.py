@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 import pytest
 
 from rcm.core.errors import ConfigError
+from rcm.core.flag_ranges import RANGES
 from rcm.inference.causal_flags import CAUSAL, causal_parser, recipe_of, settle_flags
-from rcm.inference.flag_ranges import RANGES
 from rcm.inference.stream import _parser
 from rcm.inference.stream_recipe import MANY, OPTIONS, chosen_recipe, refuse
 from rcm.pipelines.text_to_video import WholeVideoRecipe

@@ -1,17 +1,15 @@
 """The parts of the step benchmark that need no GPU: how kernels are sorted, how a floor is added
-up, refusal, whole files.
+up.
 """
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 
 from rcm.nets.layout import TokenLayout
 from scripts import bench_measure
-from scripts.bench_measure import floor_of, kind_of, write
+from scripts.bench_measure import floor_of, kind_of
 from scripts.bench_train_student import NoiseTeacher
 from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 
@@ -50,17 +48,6 @@ def test_floor_counts_every_product_and_attention_call(monkeypatch):
     assert sum(part["count"] for part in found["parts"]) == products + 2 * blocks
     assert found["floor_ms"] == 2.0 * sum(part["count"] for part in found["parts"])
     assert len(calls) == len(found["parts"])
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "rows.json"
-    write(str(path), {"rows": [1]})
-    endless: list = []
-    endless.append(endless)
-    with pytest.raises(ValueError, match="Circular"):
-        write(str(path), {"rows": endless})
-    assert json.loads(path.read_text()) == {"rows": [1]}
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"], "a half-written file stayed"
 
 
 def test_noise_stands_for_the_teacher_on_the_predicted_frames():

@@ -135,8 +135,6 @@ def test_guidance_grid_and_prompts_can_be_chosen(world, tmp_path):
         ("bidirectional", ["--times", "1/2", "3/4"], "must decrease strictly, got 0.75 after 0.5"),
         ("bidirectional", ["--times", "half"], "cannot read times"),
         ("bidirectional", ["--steps", 0], "--steps"),
-        ("bidirectional", ["--batch", 0], "--batch"),
-        ("bidirectional", ["--num", 0], "--num"),
         ("bidirectional", ["--prompts", "missing.txt"], "missing.txt"),
     ],
 )

@@ -94,7 +94,6 @@ def test_a_job_that_does_not_fit_hears_what_would(capsys):
         (["experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf"], "template"),
         ([SCM, "model.config.nett=1"], "model.config.nett"),
         ([SCM, "gpus=32", "global_batch=1"], "no layout of 32 ranks"),
-        ([SCM, "gpus=32", "--json", "/nowhere/plan.json"], "/nowhere"),
         ([SCM, "gpus=3", "--as-is"], "3 ranks do not divide"),
         (
             [SCM, "gpu=a100-80", "model.config.frozen_weights=fp8"],

@@ -4,9 +4,9 @@ against all choices, and the command that it prints.
 
 from __future__ import annotations
 
-import math
 import itertools
 import json
+import math
 import re
 import shlex
 

@@ -1,17 +1,14 @@
-"""Numbers of command lines, and what a command ends with."""
+"""Numbers of command lines."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
 
 import pytest
-from loguru import logger
 
 from rcm.core.errors import ConfigError
-from rcm.inference.flag_ranges import RANGES, check_numbers
-from rcm.inference.outcome import command, exit_status
+from rcm.core.flag_ranges import RANGES, check_numbers
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -46,31 +43,3 @@ def test_numbers_of_other_names_are_finite():
     for number in (float("nan"), 2**64):
         with pytest.raises(ConfigError, match="--other .* must be"):
             check_numbers(argparse.Namespace(other=number))
-
-
-def test_how_commands_end(capsys):
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    def exhausted(argv):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nException raised")
-
-    def wrong(argv):
-        raise ConfigError("one\n  knob caf\udce9")
-
-    def warns(argv):
-        logger.info("quiet")
-        logger.warning("of <{}> {}", 1, "{x}")
-
-    ends = (interrupted, exhausted, wrong, warns, lambda argv: 0 * sys.stdout.write("caf\udce9\n"), lambda argv: 7)
-    assert [command(main)([]) for main in ends] == [130, 2, 2, 0, 0, 7]
-    logger.warning("to who called it")
-    said = capsys.readouterr()
-    assert said.out == "caf\\udce9\n"
-    stopped, memory, refused, *warned = said.err.splitlines()
-    assert warned == ["warning: of <1> {x}", "warning: to who called it"]
-    assert stopped == "stopped"
-    assert memory.startswith("error: out of memory") and memory.endswith("; ask for less")
-    assert refused == "error: one knob caf\\udce9"
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        exit_status(lambda: (_ for _ in ()).throw(RuntimeError("a fault of the program")))
