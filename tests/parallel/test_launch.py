@@ -120,7 +120,17 @@ def test_a_rank_that_sees_one_gpu_takes_it(environ, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_rank_of_its_own_in_another_launch(environ) -> None:
-    """A command that a rank starts as a launch of one inherits what was said of its parent's."""
+    """A command that a rank starts as a launch of one inherits what was said of its parent's, which
+    uses its port.
+    """
+    with socket.socket() as parent:
+        parent.bind(("127.0.0.1", 0))
+        parent.listen()
+        port = str(parent.getsockname()[1])
+        for place in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, {}):
+            environ(RANK="0", WORLD_SIZE="1", **place)
+            with process_group("cpu"):
+                assert dist.get_world_size() == 1
     for said in ({"LOCAL_WORLD_SIZE": "4"}, {}):
         environ(RANK="0", WORLD_SIZE="1", LOCAL_RANK="3", **said)
         assert this_launch() == Launch(0, 1, 3, True)
