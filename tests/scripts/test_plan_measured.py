@@ -58,6 +58,7 @@ SCALE = [
     ("rcm-14B-one-lora", 1, {"student": 45.93}, {"student": 57.67, "fake_score": 56.50}),
     ("sf_dmd_replayed-14B-one-lora", 1, {"student": 26.75, "fake_score": 20.11}, {"student": 65.82, "fake_score": 62.03}),
     ("sf_dmd_replayed-1.3B-one-lora_published_roles", 1, {"fake_score": 13.62}, {"student": 46.65, "fake_score": 56.00}),
+    ("sf_dmd_replayed-1.3B-one-published_waiting", 1, {"fake_score": 18.66}, {"student": 70.81, "fake_score": 116.09}),
     ("tf_scm-14B-one-lora", 1, {"student": 32.02}, {"student": 73.51}),
     ("tf_diffusion-14B-one-lora", 1, {"student": 16.40}, {"student": 73.46}),
 ]
