@@ -1,9 +1,10 @@
-"""The examples and the notebook run as they stand, in a folder of their own."""
+"""The examples, the notebook and the programs in the documents run as they stand."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import sys
 import types
@@ -29,6 +30,19 @@ def test_example(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert EXPECTED[name] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("page", "last"),
+    [("README.md", "8 torch.Size([1, 3, 2, 16, 16])"), ("docs/streaming.md", "at block 21"), ("docs/serve.md", "16, 16])")],
+)
+def test_the_first_program_of_a_page(page: str, last: str, monkeypatch, capsys) -> None:
+    """It ends, and prints what it is there for."""
+    monkeypatch.chdir(ROOT)
+    program = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[0]
+    exec(compile(program, page, "exec"), {"__name__": "__main__"})
+    said = capsys.readouterr().out
+    assert last in said.splitlines()[-1], said
 
 
 def cells() -> list[str]:
