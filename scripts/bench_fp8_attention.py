@@ -1,43 +1,35 @@
 """FP8 attention against bf16 on one card: errors against float64 first, then every variant over a
 stream's shapes, as a table and JSON.
 
-    python -m scripts.bench_fp8_attention [--out FILE] [--only SUBSTRING] [--limit SECONDS]
+    python -m scripts.bench_fp8_attention [--out FILE] [--only SUBSTRING]
 
-Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of
-the table. They compile side by side and take the card in turn. Times are of calls inside a CUDA
-graph. "all" adds to attention what codes the queries and the chunk's own keys and values. bf16 is
-the same kernel on plain operands, as captured streams call it, beside cuDNN in one call and in
-parts along the keys. Whole streams: `rcm bench stream --attention fp8 --parts correct,c33,steady`.
+An error of a variant is a line of the table. Times are of calls inside a CUDA graph. "all" adds to
+attention what codes the queries and the chunk's own keys and values. bf16 is the same kernel on
+plain operands, as captured streams call it, beside cuDNN in one call and in parts along the keys.
+Whole streams: `rcm bench stream --attention fp8 --parts correct,c33,steady`.
 """
 
 from __future__ import annotations
 
-import argparse
-import fcntl
-import json
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rcm.core.errors import first_line
 from rcm.inference.outcome import command
 from rcm.kernels.persistent_attention.api import attend
 from rcm.kernels.split_attention.api import split_attention
 from rcm.nets.attention_auto import parts_of
 from scripts.bench_measure import (
+    attempted,
     bench_flags,
     captured,
     drawn,
     relative,
-    require_card,
     require_match,
     this_card,
     write,
@@ -62,9 +54,6 @@ CHECKS = [
     (FRAME, 21 * FRAME, 1, 12),
 ]
 """Queries, keys, batch, heads."""
-WORKER_SECONDS = 45
-"""The longest that a variant may hold the card."""
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -239,68 +228,33 @@ def sustained(subject: Bf16 | Fp8) -> str:
         return "unknown"
 
 
-def say(**row: object) -> None:
-    """One line for the parent."""
-    sys.stdout.write(json.dumps(row) + "\n")
-    sys.stdout.flush()
-
-
-def work(name: str, lock: str) -> int:
-    """Everything about one variant, as JSON lines."""
-    kind, tiles = variants()[name]
+def measured(name: str, kind: str, tiles: object) -> list[dict]:
+    """The lines of one variant: errors, then times, if the errors are good."""
     subject = Bf16() if kind == "bf16" else Fp8(kind, tiles)
     begin = time.perf_counter()
-    try:
-        subject.prepare()
-    except Exception as error:  # the first call compiles, then
-        say(variant=name, note=f"not compiled ahead: {first_line(error)}")
-    say(variant=name, prepared_s=round(time.perf_counter() - begin, 1))
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        signal.alarm(WORKER_SECONDS)  # ends a process that waits for a kernel
-        with torch.no_grad():
-            wrong = False
-            for data in ("random", "real-like"):
-                for case in CHECKS:
-                    error, budget = subject.check(case, data)
-                    good = error <= 1.3 * budget + 4e-3
-                    wrong |= not good
-                    say(variant=name, data=data, case=case, error=error, formula=budget, good=good)
-            if wrong:
-                say(variant=name, failed="errors beyond those of the formula; not timed")
-                return 1
-            for queries, keys, heads in SHAPES:
-                numbers = subject.measure(*draw(queries, keys, heads))
-                say(variant=name, shape=(queries, keys, heads), **numbers)
-            say(variant=name, state=sustained(subject))
-    return 0
+    subject.prepare()
+    rows: list[dict] = [{"variant": name, "prepared_s": round(time.perf_counter() - begin, 1)}]
+    for data in ("random", "real-like"):
+        for case in CHECKS:
+            error, budget = subject.check(case, data)
+            good = error <= 1.3 * budget + 4e-3
+            row = {"variant": name, "data": data, "case": case, "error": error}
+            rows.append(row | {"formula": budget, "good": good})
+    if not all(row.get("good", True) for row in rows):
+        failed = "errors beyond those of the formula; not timed"
+        return [*rows, {"variant": name, "failed": failed}]
+    for shape in SHAPES:
+        rows.append({"variant": name, "shape": shape} | subject.measure(*draw(*shape)))
+    return [*rows, {"variant": name, "state": sustained(subject)}]
 
 
-def run_all(names: list[str], *, limit: float) -> list[dict]:
+@torch.no_grad()
+def run_all(names: Sequence[str]) -> list[dict]:
     """The lines of all variants; what failed has a line that says how."""
-    rows, running = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for place, name in enumerate(names):
-            paths = [Path(folder) / f"{place}.{end}" for end in ("out", "err")]
-            words = [sys.executable, "-m", "scripts.bench_fp8_attention", "--worker", name]
-            words += ["--lock", f"{folder}/lock"]
-            with paths[0].open("w") as out, paths[1].open("w") as err:
-                running[name] = subprocess.Popen(words, stdout=out, stderr=err), *paths
-        deadline = time.monotonic() + limit
-        for name, (process, out, err) in running.items():
-            try:
-                status = process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                status = process.wait()
-            rows += [
-                json.loads(line) for line in out.read_text().splitlines() if line.startswith("{")
-            ]
-            if status:
-                said = [line for line in err.read_text().splitlines() if line.strip()]
-                why = " | ".join(said[-3:])[-400:] or "no message"
-                endless = " (never ended)" * (status in (-signal.SIGALRM, -signal.SIGKILL))
-                rows.append({"variant": name, "failed": f"status {status}{endless}: {why}"})
+    rows: list[dict] = []
+    for name in names:
+        found = attempted(lambda name=name: {"rows": measured(name, *variants()[name])})
+        rows += found.get("rows", [{"variant": name, "failed": found.get("error")}])
     return rows
 
 
@@ -315,9 +269,7 @@ def table(rows: list[dict], names: list[str]) -> str:
             for row in mine
         ]
         lines.append(f"  {name:26s} {'; '.join(words)}")
-    plain = {
-        tuple(row["shape"]): row for row in rows if row["variant"] == "bf16" and "shape" in row
-    }
+    plain = {row["shape"]: row for row in rows if row["variant"] == "bf16" and "shape" in row}
     lines.append("milliseconds (TFLOP/s) attention alone; all; x: bf16 over all")
     for shape in SHAPES:
         flop = 4 * shape[0] * shape[1] * shape[2] * WIDTH / 1e9
@@ -329,7 +281,7 @@ def table(rows: list[dict], names: list[str]) -> str:
                 f" ({flop / base['library_ms']:.0f}), {base['parts']} parts {base['parts_ms']:.4f}"
             )
         for row in rows:
-            if row["variant"] != "bf16" and tuple(row.get("shape", ())) == shape:
+            if row["variant"] != "bf16" and row.get("shape") == shape:
                 gain = f"x {base['ms'] / row['all_ms']:.2f}" if base else ""
                 lines.append(
                     f"    {row['variant']:26s} {row['ms']:.4f} ({flop / row['ms']:.0f})  all"
@@ -347,19 +299,12 @@ def table(rows: list[dict], names: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Check and measure everything, and print it."""
     parser = bench_flags("FP8 attention against bf16: errors, then times.", file="--out")
-    add = parser.add_argument
-    add("--only", default="", help="substring of the variants to run, beside bf16")
-    add("--limit", type=float, default=110, help="seconds for everything [%(default)g]")
-    add("--worker", help=argparse.SUPPRESS)
-    add("--lock", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
     options = parser.parse_args(arguments)
-    if options.worker:
-        require_card("bench_fp8_attention")
-        return work(options.worker, options.lock)
     require_match(options.only, variants())
     machine = this_card("bench_fp8_attention")
     names = [name for name in variants() if name == "bf16" or options.only in name]
-    rows = run_all(names, limit=options.limit)
+    rows = run_all(names)
     print(table(rows, names), flush=True)
     if options.out:
         write(options.out, {"machine": machine, "rows": rows})

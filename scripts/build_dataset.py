@@ -1,5 +1,5 @@
 """Build training shards (webdataset layout: latent.pt, embed.pt, prompt.txt) from the toy world,
-from a folder of mp4 files, or by sampling a teacher over a list of prompts; or look into a shard.
+from a folder of mp4 files, or by sampling a teacher over a list of prompts.
 
     python -m scripts.build_dataset --source toy --num 2048 --out DIR
     python -m scripts.build_dataset --source videos --input FOLDER --size 32x32 --frames 17 --out \\
@@ -10,7 +10,6 @@ from a folder of mp4 files, or by sampling a teacher over a list of prompts; or 
         --num_samples 250000 --out DIR
     python -m scripts.build_dataset --source teacher --teacher outputs/.../toy_bidirectional \\
         --prompts prompts.txt --out DIR
-    python -m scripts.build_dataset --view DIR/shard-000000.tar --sheet sheet.png
 
 A build that was stopped goes on where it was when the same command is given again, on any number of
 ranks. A clip's caption is the text file beside it, else its file name. Words in a flag may be
@@ -30,7 +29,7 @@ import torch
 from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import CheckpointError, ConfigError, PeerGone
 from rcm.core.output_file import require_folder
-from rcm.data.latents import LatentShards, expand_pattern
+from rcm.data.latents import LatentShards
 from rcm.data.shard_writer import ShardSample, build_shards
 from rcm.data.tar_index import ShardError
 from rcm.encoders.codec import LatentCodec, latent_frames
@@ -53,7 +52,7 @@ from scripts.teacher_source import (
     build_from_teacher,
     umt5_of,
 )
-from scripts.view_shards import CODECS, draw
+from scripts.view_shards import CODECS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ENCODE_BATCH = 64
@@ -80,15 +79,12 @@ frame-stride int = 1    videos: distance of the frames of a sample
 hop int                 videos: distance of two samples of a clip in frames (default: end to end)
 skip-bad-clips          videos: warn about unreadable or short clips and go on
 codec {"|".join((*CODECS, "wan_vae"))}  toy, natural: scalings of the toy codec; wan_vae: Wan's VAE
-  and umT5 (default: toy for toy videos, natural for real ones; view: the data set's)
+  and umT5 (default: toy for toy videos, natural for real ones)
 temporal-stride int = 2  toy codec: frames per latent frame, as model.config.tokenizer
 spatial-stride int = 2  toy codec: pixels per latent cell, as model.config.tokenizer
 text-len int = 8        rows of a text embedding, end token included
 text-dim int = 64       width of a text embedding
 dtype {"|".join(DTYPES)} = bf16  stored number format
-view SHARD              instead of building: draw the first samples of a shard
-sheet str               view: PNG to write
-rows int = 12           view: number of samples
 vae-path str            weights of Wan's VAE [assets/checkpoints/Wan2.1_VAE.pth]
 """
 
@@ -105,7 +101,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="scripts.build_dataset", description=__doc__)
 
-    paths = {name: {"type": Path} for name in ("out", "input", "view", "sheet", "vae_path")}
+    paths = {name: {"type": Path} for name in ("out", "input", "vae_path")}
     add_flags(
         parser,
         both_spellings(_FLAGS),
@@ -133,14 +129,10 @@ _TEACHER_ONLY += ("guidance_scale", "sigma_max", "batch", "precision", "attentio
 _TEACHER_ONLY += ("context_parallel_size", "write_negative_embedding")
 _TOY_CODEC = ("temporal_stride", "spatial_stride", "text_len", "text_dim")
 _UMT5 = ("text_encoder_path", "tokenizer_path", "text_cache", "random_weights")
-_VIEW = ("help", "view", "sheet", "rows", "codec", "vae_path")
 
 
 def _refuse_idle(parser: Arguments) -> None:
-    """What belongs to another source, or to the other of two ways."""
-    built = [name for name in parser.names if name not in _VIEW]
-    parser.idle(*built, beside="view")
-    parser.idle("sheet", "rows", without="view")
+    """What belongs to another source."""
     for source, flags in {
         "toy": (*_CLIPS_ONLY, *_TEACHER_ONLY, *_UMT5, "device"),
         "videos": (*_TOY_ONLY, *_TEACHER_ONLY, "seed"),
@@ -149,7 +141,7 @@ def _refuse_idle(parser: Arguments) -> None:
         parser.idle(*flags, beside="source", when=one_of("source", source))
 
     def encodes_itself(flags: argparse.Namespace) -> bool:
-        return flags.source == "videos" and flags.codec != "wan_vae" and not flags.view
+        return flags.source == "videos" and flags.codec != "wan_vae"
 
     parser.idle(*_UMT5, "device", "vae_path", beside="codec", when=encodes_itself)
     parser.idle(*_TOY_CODEC, beside="codec", when=one_of("codec", "wan_vae"))
@@ -222,8 +214,8 @@ def build(options: argparse.Namespace) -> list[Path]:
     )
     if options.codec == "wan_vae" and options.source == "toy":
         raise ConfigError(
-            "--codec wan_vae is for real videos (--source videos) and --view; the toy world has the"
-            " codecs toy and natural"
+            "--codec wan_vae is for real videos (--source videos); the toy world has the codecs"
+            " toy and natural"
         )
     return _build_toy(options) if options.source == "toy" else _build_clips(options)
 
@@ -339,11 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
     try:
-        if options.view:
-            rows, sheet = options.rows, options.sheet or options.view.with_suffix(".png")
-            shard = expand_pattern(str(options.view), knob="--view")[0]
-            print(draw(shard, sheet, rows=rows, codec=options.codec, vae_path=options.vae_path))
-        elif paths := build(options):
+        if paths := build(options):
             print(
                 f"{len(LatentShards(paths))} samples in {len(paths)} shards:"
                 f" {options.out}/shard-*.tar"

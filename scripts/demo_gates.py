@@ -8,28 +8,12 @@ reached.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 Key = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one stage with one sampler, by column name."""
-
-    values: dict[str, float]
-
-    @property
-    def score(self) -> float:
-        """The one number in [0, 100]."""
-        return self.values["score"]
-
-    @property
-    def captions(self) -> float:
-        """Share of videos whose colour, shape and direction all match the caption."""
-        return self.values["joint"]
-
-
+Scores = Mapping[str, float]
+"""Of one stage with one sampler, by column name."""
 TEACHER_SCORE, TEACHER_CAPTIONS = 80.0, 0.8
 """Two runs that differ by the rounding of their data alone part after 1,500 iterations, and end at
 83.8 and 95.0.
@@ -48,10 +32,10 @@ def judge(name: str, scores: Mapping[Key, Scores]) -> tuple[str, bool]:
         mine = scores[name, "many steps"]
         return (
             (
-                f"score {mine.score:.1f} >= {TEACHER_SCORE:g} and caption accuracy"
-                f" {mine.captions:.2f} >= {TEACHER_CAPTIONS:g}"
+                f"score {mine['score']:.1f} >= {TEACHER_SCORE:g} and caption accuracy"
+                f" {mine['joint']:.2f} >= {TEACHER_CAPTIONS:g}"
             ),
-            mine.score >= TEACHER_SCORE and mine.captions >= TEACHER_CAPTIONS,
+            mine["score"] >= TEACHER_SCORE and mine["joint"] >= TEACHER_CAPTIONS,
         )
     kind, pattern = name.rsplit("_", 1)
     if kind == "tf":
@@ -74,20 +58,21 @@ def judge(name: str, scores: Mapping[Key, Scores]) -> tuple[str, bool]:
 
 
 def _share(mine: Scores, other: Scores, share: float, whose: str) -> tuple[str, bool]:
-    limit = share * other.score
+    limit = share * other["score"]
     return (
-        f"score {mine.score:.1f} >= {limit:.1f} = {share:g} x {whose} {other.score:.1f}",
-        mine.score >= limit,
+        f"score {mine['score']:.1f} >= {limit:.1f} = {share:g} x {whose} {other['score']:.1f}",
+        mine["score"] >= limit,
     )
 
 
 def _not_worse(mine: Scores, start: Scores) -> tuple[str, bool]:
     sentence = (
-        f"2-step score {mine.score:.1f} >= {start.score:.1f} of its initialisation -"
-        f" {SELF_FORCED_MARGIN:g}, and caption accuracy {mine.captions:.2f} >="
+        f"2-step score {mine['score']:.1f} >= {start['score']:.1f} of its initialisation -"
+        f" {SELF_FORCED_MARGIN:g}, and caption accuracy {mine['joint']:.2f} >="
         f" {SELF_FORCED_CAPTIONS:g}"
     )
     return (
         sentence,
-        mine.score >= start.score - SELF_FORCED_MARGIN and mine.captions >= SELF_FORCED_CAPTIONS,
+        mine["score"] >= start["score"] - SELF_FORCED_MARGIN
+        and mine["joint"] >= SELF_FORCED_CAPTIONS,
     )

@@ -149,7 +149,7 @@ class Demo:
     def scores(self) -> dict[tuple[str, str], Scores]:
         """By stage and sampler, of everything scored."""
         return {
-            (name, label): Scores(plan["scores"])
+            (name, label): plan["scores"]
             for name, e in list(self.record.stages.items())
             for label, plan in e["plans"].items()
         }

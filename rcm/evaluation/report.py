@@ -7,16 +7,16 @@ The data is a plain dict:
     status               what is still going on, for a page that is written again; "" or left out
                          when all is done
     machine              {name: text or number}
-    stages               [{name, about, seconds, gate, passed, history, expect, scores, note}]:
-                         `about` what the stage is; `gate` its sentence, `passed` True, False or
-                         None (no gate); `history` [[step, loss], ...] or {curve: [[step, loss],
-                         ...]}, `expect` what these should look like; `scores` {name: number}
+    stages               [{name, about, seconds, gate, passed, history, expect, scores}]: `about`
+                         what the stage is; `gate` its sentence, `passed` True, False or None (no
+                         gate); `history` {curve: [[step, loss], ...]}, `expect` what these should
+                         look like; `scores` {name: number}
     tables               [{title, note, better, section, rows: [{stage, steps, scores: {column:
                          number}}]}]; `better` {column: "lower" or "higher"} marks the best of a
                          column; `section` "measured" puts it below the charts
     charts               [{title, note, x, y, lines: [{name, points, colour}]}]: curves in one
                          frame; `x`, `y` name the axes
-    videos               [{title, caption, facts, path, poster, group, beside, section}]: a grid
+    videos               [{title, caption, facts, path, group, beside, section}]: a grid
                          with a row per `group` and a column per `title`; `path` relative to the
                          folder, an .mp4 or a picture; `facts` short texts below it; `beside` a
                          larger one that opens at a click; `section` "drift" shows it there, not in
@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from rcm.core.errors import ConfigError
@@ -43,74 +43,20 @@ from rcm.train.describe import write_atomically
 EMBEDDED_BYTES = 2_000_000
 """Size up to which a video or picture is written into the page."""
 
-_LISTS = ("stages", "tables", "charts", "videos")
-KEYS = {
-    "": {"title", "subtitle", "status", "machine", *_LISTS, "glossary"},
-    "stages": {"name", "about", "seconds", "gate", "passed", "history", "expect", "scores", "note"},
-    "tables": {"title", "note", "better", "section", "rows"},
-    "rows": {"stage", "steps", "scores"},
-    "charts": {"title", "note", "x", "y", "lines"},
-    "lines": {"name", "points", "colour"},
-    "videos": {"title", "caption", "facts", "path", "poster", "group", "beside", "section"},
-}
-_REQUIRED = {
-    "stages": ("name",),
-    "tables": ("rows",),
-    "rows": ("stage", "scores"),
-    "charts": ("lines",),
-    "lines": ("name", "points"),
-    "videos": ("path",),
-}
-
 
 def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
     """Write `report.json` and `report.html` into `folder`, each atomically; returns the page.
 
-    `ConfigError` for data of another form (naming the key). Numbers that are not finite become
-    "nan", "inf", "-inf"; the page says which videos are missing.
+    `ConfigError` naming the key for a value that JSON does not know. Numbers that are not finite
+    become "nan", "inf", "-inf"; the page says which videos are missing.
     """
     folder = Path(folder)
-    _check(data)
     plain = _plain(data, "report")
     page = render(plain, folder=folder, embedded_bytes=EMBEDDED_BYTES)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "report.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
     write_atomically(folder / "report.html", page)
     return folder / "report.html"
-
-
-def _check(data: Mapping[str, Any]) -> None:
-    _known(data, "", "report")
-    for kind in _LISTS:
-        for i, item in enumerate(data.get(kind, ())):
-            _known(item, kind, f"{kind}[{i}]")
-            for inner in ("rows", "lines"):
-                for j, row in enumerate(item.get(inner, ())):
-                    _known(row, inner, f"{kind}[{i}].{inner}[{j}]")
-            for key in ("path", "poster", "beside"):
-                place = PurePosixPath(item.get(key) or ".")
-                if kind == "videos" and (place.is_absolute() or ".." in place.parts):
-                    raise ConfigError(
-                        f"{kind}[{i}].{key}={str(place)!r} must be relative to the report's folder"
-                        " and inside it"
-                    )
-            for column, sense in item.get("better", {}).items():
-                if sense not in ("lower", "higher"):
-                    raise ConfigError(
-                        f"{kind}[{i}].better[{column!r}] is {sense!r}, expected 'lower' or 'higher'"
-                    )
-
-
-def _known(item: Mapping[str, Any], kind: str, where: str) -> None:
-    if not isinstance(item, Mapping):
-        raise ConfigError(f"{where} must be a mapping, got {type(item).__name__}")
-    unknown = sorted(set(item) - KEYS[kind])
-    missing = [key for key in _REQUIRED.get(kind, ()) if key not in item]
-    if unknown or missing:
-        raise ConfigError(
-            f"{where} has unknown keys {unknown} and lacks {missing}; known:"
-            f" {', '.join(sorted(KEYS[kind]))}"
-        )
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -75,16 +75,15 @@ class Media:
             return quote(path)
         return f"data:{kind};base64,{b64encode(file.read_bytes()).decode()}"
 
-    def element(self, path: str, *, words: str, poster: str | None = None) -> str:
+    def element(self, path: str, *, words: str) -> str:
         """The tag that shows a file; a sentence where it is missing."""
         if not self.exists(path):
             return f'<p class="missing">missing file: {escape(path)}</p>'
         if _TYPES.get(PurePosixPath(path).suffix.lower(), "").startswith("image/"):
             return f'<img src="{self.source(path)}" alt="{words}">'
-        still = f' poster="{self.source(poster)}"' if poster and self.exists(poster) else ""
         inner = f'<a href="{quote(path)}">{escape(path)}</a>'
         return (
-            f'<video src="{self.source(path)}"{still} autoplay loop muted playsinline'
+            f'<video src="{self.source(path)}" autoplay loop muted playsinline'
             f' aria-label="{words}">{inner}</video>'
         )
 
@@ -141,7 +140,7 @@ def _grid(
 
 def _figure(video: Mapping[str, Any], media: Media) -> str:
     path, words = video["path"], escape(video.get("caption") or video.get("title") or video["path"])
-    shown = media.element(path, words=words, poster=video.get("poster"))
+    shown = media.element(path, words=words)
     title = f"<b>{escape(video['title'])}</b>" if video.get("title") else ""
     facts = "".join(f"<span>{escape(fact)}</span>" for fact in video.get("facts", ()))
     caption = f"<figcaption>{title}{facts}</figcaption>"
@@ -174,9 +173,8 @@ def _chart(chart: Mapping[str, Any]) -> str:
 def _curves(stages: Sequence[Mapping[str, Any]]) -> str:
     found = []
     for stage in stages:
-        history, expected = stage.get("history") or {}, _quiet(stage.get("expect"))
-        curves = history if isinstance(history, Mapping) else {"loss": history}
-        for name, points in curves.items():
+        expected = _quiet(stage.get("expect"))
+        for name, points in stage.get("history", {}).items():
             if not points:
                 continue
             label = f"{stage['name']}: {name}"
@@ -205,9 +203,8 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
             f"<li>{escape(name)} <b>{number(value)}</b></li>"
             for name, value in stage.get("scores", {}).items()
         )
-        note = f'<div class="quiet">{escape(stage["note"])}</div>' if stage.get("note") else ""
         cells = (
-            f'<th scope="row">{escape(stage["name"])}{note}</th>',
+            f'<th scope="row">{escape(stage["name"])}</th>',
             f'<td class="time">{bar}<span>{_duration(seconds)}</span></td>',
             f"<td>{_badge(stage)}</td>",
             f'<td class="gate">{escape(stage.get("gate") or "")}</td>',

@@ -27,7 +27,6 @@ from rcm.evaluation.metrics_report import write_comparison_page
 from rcm.evaluation.metrics_suite import METRICS, ClipScores, Models, judge, measure_clip, worst
 from rcm.evaluation.vbench_sampling import SuiteRun, sample_suite
 from scripts.compare_checkpoints import main as compare_main
-from scripts.judge_metrics import Measured
 from tests.evaluation.test_vbench_sampling import Noise, items
 
 
@@ -110,14 +109,6 @@ def test_harm_grows_and_keeps_its_shape(kind: str) -> None:
     away = [float((v - untouched(source)).abs().mean()) for v in versions]
     assert away[0] > 0 and (away[0] < away[2] or kind.endswith("_chunk"))
     assert torch.equal(versions[0], DEGRADATIONS[kind](source, 0)), "the same every time"
-
-
-def test_numbers_of_other_clips_are_not_gone_on_with(tmp_path: Path) -> None:
-    kept = Measured.read(tmp_path / "measured.json", of="clips of a")
-    kept.add([], cpu_seconds=1.0)
-    assert Measured.read(kept.path, of="clips of a").videos == 1
-    with pytest.raises(ConfigError, match=r"is of clips of a, now it would be clips of b; choose another --out"):
-        Measured.read(kept.path, of="clips of b")
 
 
 def test_the_verdict_does_not_depend_on_the_order() -> None:

@@ -22,7 +22,7 @@ from rcm.pipelines.stream_spec import StreamedChunk
 
 NASTY = "a <script>alert(\"x\")</script> & 'b'"
 VOID = {"meta", "img"}
-FILES = {"a b.mp4": b"grid", "a.png": b"still", "small.mp4": b"small", "large.mp4": b"large", "long.mp4": b"x" * (EMBEDDED_BYTES + 1)}
+FILES = {"a b.mp4": b"grid", "small.mp4": b"small", "large.mp4": b"large", "long.mp4": b"x" * (EMBEDDED_BYTES + 1)}
 
 
 def data(**changes) -> dict:
@@ -32,9 +32,8 @@ def data(**changes) -> dict:
             "seconds": 131.25,
             "gate": f"FD < 0.5 {NASTY}",
             "passed": True,
-            "history": [[5 * i, 2.0 / (i + 1)] for i in range(50)],
+            "history": {"loss": [[5 * i, 2.0 / (i + 1)] for i in range(50)]},
             "scores": {"FD": 0.2312345},
-            "note": NASTY,
         },
         {
             "name": "TF-sCM",
@@ -53,7 +52,7 @@ def data(**changes) -> dict:
         "stages": stages,
         "tables": [{"title": NASTY, "note": NASTY, "better": {"FD": "lower", "caption": "higher"}, "rows": rows}],
         "videos": [
-            {"title": NASTY, "caption": NASTY, "path": "videos/a b.mp4", "poster": "videos/a.png", "group": NASTY, "facts": [NASTY]},
+            {"title": NASTY, "caption": NASTY, "path": "videos/a b.mp4", "group": NASTY, "facts": [NASTY]},
             {"caption": "gone", "path": "videos/gone.mp4"},
             {"title": "1 step", "caption": NASTY, "path": "videos/small.mp4", "beside": "videos/large.mp4", "group": "TF-sCM"},
             {"title": "long", "path": "videos/long.mp4", "section": "drift"},
@@ -127,14 +126,14 @@ def test_text_is_escaped_and_tags_are_balanced(written):
     parsed = Page(page)
     assert parsed.open == []
     assert not parsed.all("script")
-    assert "".join(parsed.words).count('<script>alert("x")</script>') >= 10
+    assert "".join(parsed.words).count('<script>alert("x")</script>') >= 9
     assert [svg["aria-label"] for svg in parsed.all("svg")][:2] == [NASTY, f"teacher {NASTY}: loss"]
 
 
 def test_nothing_comes_from_outside(written):
     page, _ = written
     parsed = Page(page)
-    sources = [value for _, attrs in parsed.tags for name, value in attrs.items() if name in ("src", "href", "poster", "data", "srcset")]
+    sources = [value for _, attrs in parsed.tags for name, value in attrs.items() if name in ("src", "href", "data", "srcset")]
     outside = {source for source in sources if not source.startswith("data:")}
     assert outside == {"videos/long.mp4", "videos/a%20b.mp4", "videos/small.mp4", "videos/large.mp4"}, "links for viewers without video"
     shown = [attrs["src"] for tag in ("video", "img") for attrs in parsed.all(tag)]
@@ -150,7 +149,6 @@ def test_videos_play_and_missing_ones_are_said_to_be(written):
     held = [b64decode(video["src"].partition("base64,")[2]) for video in videos]
     assert held == [b"grid", b"small", b"large", b""]
     assert all({"autoplay", "loop", "muted"} <= set(video) for video in videos)
-    assert b64decode(videos[0]["poster"].removeprefix("data:image/png;base64,")) == b"still"
     assert "missing file: videos/gone.mp4" in page
 
 
@@ -180,18 +178,9 @@ def test_all_gates_passed(tmp_path):
     assert write_report(tmp_path, {}).read_text().count("<section>") == 0
 
 
-def test_data_of_another_form_is_refused_and_writes_nothing(tmp_path):
-    for changes, words in (
-        ({"vidoes": []}, r"report has unknown keys \['vidoes'\]"),
-        ({"stages": [{"seconds": 1}]}, r"stages\[0\] .*lacks \['name'\]"),
-        ({"tables": [{"rows": [{"stage": "a", "steps": 1, "FD": 1}]}]}, r"tables\[0\]\.rows\[0\] has unknown keys \['FD'\]"),
-        ({"tables": [{"rows": [], "better": {"FD": "small"}}]}, "expected 'lower' or 'higher'"),
-        ({"videos": [{"path": "/a.mp4"}]}, "must be relative"),
-        ({"videos": [{"path": "../a.mp4"}]}, "must be relative"),
-        ({"machine": {"load": torch.ones(1)}}, r"report\.machine\.load is a Tensor"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            write_report(tmp_path, data(**changes))
+def test_what_json_does_not_know_is_refused_and_writes_nothing(tmp_path):
+    with pytest.raises(ConfigError, match=r"report\.machine\.load is a Tensor"):
+        write_report(tmp_path, data(machine={"load": torch.ones(1)}))
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

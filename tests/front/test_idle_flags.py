@@ -15,8 +15,6 @@ PAIRS = {
     "data build --turns 2 --source teacher --prompts p --out y": "--turns has no effect with --source teacher",
     "data build --source videos --text-cache x --input y --out z": "--text-cache has no effect without --codec",
     "data build --source videos --codec wan_vae --text-len 3 --input y --out z": "--text-len has no effect with --codec wan_vae",
-    "data build --view x.tar --seed 3": "--seed has no effect with --view",
-    "data build --rows 3 --out y": "--rows has no effect without --view",
     "data view a.tar --sheet b.png --codec toy --vae_path x": "--vae_path has no effect with --codec toy",
     "checkpoint convert a b --adapters peft --to wan": "--to has no effect with --adapters",
     "checkpoint convert a b.pth --lora_alpha 3": "--lora_alpha has no effect without --lora",

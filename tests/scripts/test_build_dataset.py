@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from rcm.data.latents import LatentShards
 from rcm.encoders.umt5 import UMT5TextEncoder
@@ -106,20 +105,6 @@ def test_shards_of_real_files(tmp_path, capsys):
     assert recipe["windows"][4] == "second.mp4:3" and recipe["frame_stride"] == 2
     assert run(*words, "--out", tmp_path / "out", "--shard-size", 3) == 0
     assert "6 samples in 2 shards" in capsys.readouterr().out
-
-
-def test_view_draws_a_sheet(tmp_path, capsys):
-    run("--num", 4, "--out", tmp_path)
-    assert run("--view", tmp_path / "shard-000000.tar", "--sheet", tmp_path / "sheet.png", "--rows", 2) == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size[0] > 9 * 64 and sheet.size[1] > 2 * 64
-    assert run("--view", tmp_path / "none.tar") == 1
-    assert "change --view" in capsys.readouterr().err
-    assert run("--view", tmp_path / "shard-000000.tar", "--rows", 0) == 1
-    assert "--rows 0 must be at least 1" in capsys.readouterr().err
-    (tmp_path / "dataset.json").write_text("{")
-    assert run("--view", tmp_path / "shard-000000.tar") == 1
-    assert "dataset.json is not JSON" in capsys.readouterr().err
 
 
 def test_real_files_as_wan_latents(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from rcm.nets.denoiser import Guided
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.wan_files import load_wan
-from scripts import teacher_source
+from scripts import teacher_source, view_shards
 from scripts.build_dataset import main
 from tests.integration.entry import train_on
 from tests.support.dist import run_ranks
@@ -141,11 +141,11 @@ def test_negative_embedding_and_view(world, tmp_path, capsys):
     assert run("--source", "teacher", "--teacher", path, "--write_negative_embedding", path) == 1
     assert "is a file that --teacher reads" in capsys.readouterr().err and torch.load(path).shape == (8, 24)
     assert run(*words(world, tmp_path / "data")) == 0
-    assert main(["--view", str(tmp_path / "data" / "shard-000000.tar"), "--sheet", str(tmp_path / "s.png"), "--rows", "2"]) == 0
+    assert view_shards.main([str(tmp_path / "data" / "shard-000000.tar"), "--sheet", str(tmp_path / "s.png"), "--rows", "2"]) == 0
     with Image.open(tmp_path / "s.png") as sheet:
         assert sheet.size[0] > 9 * 64
     (tmp_path / "data" / "dataset.json").write_text('{"codec": {"name": "other"}}')
-    assert main(["--view", str(tmp_path / "data" / "shard-000000.tar")]) == 1
+    assert view_shards.main([str(tmp_path / "data" / "shard-000000.tar"), "--sheet", str(tmp_path / "s.png")]) == 1
     assert "'other'; choose --codec" in capsys.readouterr().err
 
 
@@ -196,12 +196,12 @@ def test_original_wan_files(published, tmp_path, capsys, monkeypatch):
     alone = whole_latents(guided, Condition(embeddings[1:]), recipe, shape=(1, 16, 2, 4, 6), generator=torch.Generator().manual_seed(12))
     torch.testing.assert_close(batch.latents[1:], alone, rtol=1e-4, atol=1e-4)
     expect_a_tiny_vae(monkeypatch)
-    words = ["--view", out / "shard-000000.tar", "--vae-path", published.vae, "--sheet", tmp_path / "sheet.png"]
-    assert main([str(word) for word in words]) == 0
+    words = [out / "shard-000000.tar", "--sheet", tmp_path / "sheet.png", "--vae-path", published.vae]
+    assert view_shards.main([str(word) for word in words]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] > 5 * 48
     capsys.readouterr()
-    assert main([str(word) for word in (*words[:2], "--vae-path", tmp_path / "no.pth")]) == 1
+    assert view_shards.main([str(word) for word in (*words[:-1], tmp_path / "no.pth")]) == 1
     assert "no.pth" in capsys.readouterr().err
 
 

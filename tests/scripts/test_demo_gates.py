@@ -18,7 +18,7 @@ GATES = {  # stage -> scores of others, its own sampler, (score, captions) at th
 
 
 def scored(score: float, captions: float) -> Scores:
-    return Scores({"score": score, "joint": captions})
+    return {"score": score, "joint": captions}
 
 
 @pytest.mark.parametrize("name", GATES)
