@@ -1,14 +1,14 @@
-"""The embedded recipe, end to end on two CPU cores: data, bidirectional teacher, causal teachers,
-consistency students, self-forced DMD, streaming in 1, 2 and 4 steps, frame-wise and chunk-wise,
-scored against an exact world.
+"""The whole recipe on the toy world, in 10 minutes on two idle CPU cores: data, bidirectional
+teacher, causal teachers, consistency students, self-forced DMD, frame by frame and in chunks,
+sampled in 1, 2 and 4 steps and scored exactly.
 
     rcm demo                 all stages; the same command continues where it was stopped
     rcm demo --quick         one method, in minutes
-    rcm demo --fresh         begin anew
+    rcm demo --fresh         start over
 
-It writes report.html, report.json and mp4 files to outputs/demo, the page anew after every stage,
-prints a table, and exits 1 if a stage misses its gate. Every stage is an ordinary experiment
-(configs/experiment/toy_*.yaml) run through the training entry point.
+It writes report.html, report.json and mp4 files to outputs/demo, updates the page after every
+stage, prints a table, and exits with status 1 if a stage scores below its threshold. Every stage is
+an ordinary experiment (configs/experiment/toy_*.yaml) run through the training entry point.
 """
 
 from __future__ import annotations
@@ -66,10 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _FLAGS = """
 out str            folder of everything the demo writes [outputs/demo, or outputs/demo_quick]
-fresh              begin anew: empty the folder, if it is a demo's
-quick              one stage from random weights, without gates: a look in under 3 minutes on 2 idle
-  cores
-scale float = 1.0  factor on all iterations; below 1 is a look at everything without gates
+fresh              start over: empty the folder first, which must be a demo's
+quick              one stage from random weights, no threshold: under 3 minutes on 2 idle cores
+scale float = 1.0  factor on all numbers of iterations; below 1 no threshold is checked
 videos int = 96    videos sampled per score, at least 8 [%(default)s]
 """
 

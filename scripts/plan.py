@@ -4,10 +4,10 @@
     python -m scripts.plan experiment=toy_tf_c3-3 gpus=1 memory_gib=8 --json plan.json
     python -m scripts.plan --smallest experiment=causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3
 
-Words are the keys of `rcm train`, and besides: gpus=N (ranks), gpu=NAME (h200, h100, ...),
+Arguments are the settings of `rcm train`, and also gpus=N (ranks), gpu=NAME (h200, h100, ...),
 memory_gib=N (another memory size), global_batch=N (samples per update; the config's by default).
-Where no layout fits, ways to save memory are taken in order of their price. The model is explained
-in docs/planner.md, the ways in docs/scale.md; scripts.bench_memory measures what is predicted here.
+Where no layout fits, ways to save memory are added in order of their cost. docs/planner.md explains
+the model, docs/scale.md the memory savings; `rcm bench memory` measures what is predicted here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Stream a video from a checkpoint: chunks are decoded and written as they arrive.
 
-    rcm stream  # the shipped checkpoint of the embedded world
+    rcm stream  # the shipped checkpoint of the toy world
     rcm stream --prompt "a green cross moving up" --num_frames 65
     rcm stream --ckpt outputs/rcm/toy/toy_tf_c3-3 --prompt "a red square moving left" --num_steps 20
 
 Network, codec, pattern and steps come from the checkpoint; flags change the sampling where the
-checkpoint supports it. Exit status 2, and one sentence, for what the user can put right.
+checkpoint supports it. Errors that you can fix are one sentence, with exit status 2.
 """
 
 from __future__ import annotations
@@ -144,12 +144,13 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
 _WHAT = """
 ckpt                job folder, iter_* folder, or exported .pt/.pth/.safetensors
   [the shipped toy checkpoint]
-prompt TEXT         repeat for several videos side by side
+prompt TEXT         what to show; repeatable: several videos side by side
+  [of the shipped checkpoint: four examples]
 prompt_file FILE    one prompt per line
 allow_empty_prompt  sample an empty prompt, the unconditional one
 num_frames N        pixel frames, given first frames included [as trained]
-seed = 0
-first_frames FILE   a video or an image whose beginning is continued
+seed = 0            of the noise [%(default)s]
+first_frames FILE   a video whose beginning, or an image, to continue
 first_latents N     latent frames taken from it [the first block of the pattern; 1 of an image]
 """
 _WRITTEN = f"""
@@ -160,13 +161,13 @@ report FILE.json  settings and timings as JSON
 """
 _MACHINE = """
 weights = ema      averaged or last weights [%(default)s]
-device             [%(default)s]
-precision          [that of the training run]
+device             cpu or cuda [%(default)s]
+precision          of the network [that of the training run]
 vae_path           Wan2.1_VAE.pth, for a checkpoint trained on its latents
   [where the checkpoint says]
 text_encoder_path  umT5, for a checkpoint trained on its embeddings [where the checkpoint says]
 tokenizer_path     folder of umT5's tokenizer [beside the text encoder]
-text_cache         keep umT5's embeddings there, and read them from there
+text_cache         folder that keeps umT5's embeddings for later runs
 """
 _TIMING = """
 warmup_iters int = 0  untimed runs before the timed ones [%(default)s]

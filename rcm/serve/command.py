@@ -1,11 +1,11 @@
-"""Streams in a browser: a page where one types a prompt and watches it take effect, chunk by chunk.
+"""Stream to a web page on which you change the prompt and watch it take effect, chunk by chunk.
 
-    rcm serve  # the shipped checkpoint of the embedded world, on this machine only
+    rcm serve  # the shipped checkpoint of the toy world, on this machine only
     rcm serve --ckpt outputs/rcm/toy/toy_tf_c3-3 --max_sessions 2
     RCM_TOKEN=secret rcm serve --host 0.0.0.0 --ckpt student.safetensors --vae_path Wan2.1_VAE.pth
 
-All viewers of the shared stream see the same video; a private stream is a session of its own.
-Ctrl-C closes all of them.
+All viewers of the shared stream see the same video; a private stream is a separate session.
+Ctrl-C closes all of them. docs/serve.md has more.
 """
 
 from __future__ import annotations
@@ -178,36 +178,36 @@ def _budget(flags: argparse.Namespace, device: torch.device) -> int | None:
 _WHAT = """
 ckpt         job folder, iter_* folder, or exported file [the shipped toy checkpoint]
 prompt TEXT  what a stream begins with [the first preset of the page]
-seed = 0
-window N     blocks that a chunk sees, its own included [as many as in training]
-sinks N      first blocks that stay visible [as many as in training]
+seed = 0     of the noise [%(default)s]
+window N     newest blocks that a chunk attends to, its own included [as in training]
+sinks N      first blocks that stay visible [as in training]
 fps          pictures per second [as trained]
-format auto|jpeg|webp|png = auto  of pictures [png for small ones, else jpeg]
-quality int                       of jpeg and webp, 1 to 100 [85]
+format auto|jpeg|webp|png = auto  picture format [png for small ones, else jpeg]
+quality int                       picture quality of jpeg and webp, 1 to 100 [85]
 """
 _VIEWERS = f"""
-host str = 127.0.0.1  [%(default)s: this machine only]
-port int = 8765       0: any free one [%(default)s]
-token str             what a client must know; better in the variable {TOKEN_VARIABLE}, which
-  other users cannot list
+host str = 127.0.0.1  address to listen on [%(default)s: this machine only]
+port int = 8765       port to listen on; 0: any free one [%(default)s]
+token str             secret that a client must give; better set the variable {TOKEN_VARIABLE},
+  which other users cannot see
 allow_origin ORIGIN   another page that may open streams, repeatable
 max_sessions N = 4    streams at once, the shared one included [%(default)s]
 max_clients N = 100   viewers at once [%(default)s]
-memory_gib X          for cache and decoder of all streams
+memory_gib X          limit for caches and decoders of all streams
   [cuda: 0.9 of what is left; cpu: no bound]
-send_kib N = 256      that the kernel holds for a client, the delay of a slow one [%(default)s]
-idle_s S = 60.0       a stream that nobody watches is closed after so long [%(default)s]
-session_s S = 3600.0  a private stream is closed after so long [%(default)s]
+send_kib N = 256      kernel send buffer per client, which delays a slow one [%(default)s]
+idle_s S = 60.0       seconds until a stream that nobody watches is closed [%(default)s]
+session_s S = 3600.0  seconds until a private stream is closed [%(default)s]
 """
 _MACHINE = """
 weights = ema           averaged or last weights [%(default)s]
-device                  [%(default)s]
-precision               [that of the training run]
-graphs auto|on|off = auto  CUDA graphs, and decoding beside denoising [on with cuda]
+device                  cpu or cuda [%(default)s]
+precision               of the network [that of the training run]
+graphs auto|on|off = auto  CUDA graphs, and decoding overlapped with denoising [on with cuda]
 vae_path                Wan2.1_VAE.pth [where the checkpoint says]
 text_encoder_path       umT5 [where the checkpoint says]
 tokenizer_path          folder of umT5's tokenizer [beside the text encoder]
-text_cache              keep umT5's embeddings there, and read them from there
+text_cache              folder that keeps umT5's embeddings for later runs
 """
 
 
