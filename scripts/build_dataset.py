@@ -11,9 +11,8 @@ from a folder of mp4 files, or by sampling a teacher over a list of prompts.
     python -m scripts.build_dataset --source teacher --teacher outputs/.../toy_bidirectional \\
         --prompts prompts.txt --out DIR
 
-A build that was stopped goes on where it was when the same command is given again, on any number of
-ranks. A clip's caption is the text file beside it, else its file name. Words in a flag may be
-joined by - or by _.
+The same command continues a stopped build, on any number of ranks. A clip's caption is the text
+file beside it, else its file name. Words in a flag may be joined by - or by _.
 """
 
 from __future__ import annotations
@@ -62,24 +61,24 @@ _MOST_TOY_PIXELS = 1 << 22
 
 # torchrun takes --num for its own --numa-binding, wherever it stands
 _FLAGS = f"""
-source toy|videos|teacher = toy  where videos come from
+source toy|videos|teacher = toy  where videos come from [%(default)s]
 out str                 folder of the shards
-num,num-samples int     toy: videos [2048]; teacher: samples, prompts repeat with other noise
-  [one per prompt]
-shard-size int = 256    samples per shard
+num,num-samples int     toy: number of videos [2048]; teacher: number of samples, repeating prompts
+  with other noise [one per prompt]
+shard-size int = 256    samples per shard [%(default)s]
 seed int = 0            toy: seed of the scenes; teacher: seed of sample 0, sample i has seed + i
 size HxW                pixels of a frame [8x8; teacher: the checkpoint's, or --resolution]
 frames int              pixel frames of a sample [17; teacher: the checkpoint's, or 81]
-num-shapes int = 1      toy: shapes per video
-turns int = 0           toy: changes of direction per video
-boundary wrap|bounce = wrap  toy: what happens at the border
+num-shapes int = 1      toy: shapes per video [%(default)s]
+turns int = 0           toy: changes of direction per video [%(default)s]
+boundary wrap|bounce = wrap  toy: what shapes do at the border [%(default)s]
 empty-prompts FRACTION = 0.0  toy: share of samples stored with an empty caption
 input str               videos: folder of mp4 files
-frame-stride int = 1    videos: distance of the frames of a sample
-hop int                 videos: distance of two samples of a clip in frames (default: end to end)
-skip-bad-clips          videos: warn about unreadable or short clips and go on
+frame-stride int = 1    videos: take every N-th frame of a clip [%(default)s]
+hop int                 videos: frames between the starts of two samples of a clip [end to end]
+skip-bad-clips          videos: skip unreadable or short clips with a warning
 codec {"|".join((*CODECS, "wan_vae"))}  toy, natural: scalings of the toy codec; wan_vae: Wan's VAE
-  and umT5 (default: toy for toy videos, natural for real ones)
+  and umT5 [toy for toy videos, natural for real ones]
 temporal-stride int = 2  toy codec: frames per latent frame, as model.config.tokenizer
 spatial-stride int = 2  toy codec: pixels per latent cell, as model.config.tokenizer
 text-len int = 8        rows of a text embedding, end token included

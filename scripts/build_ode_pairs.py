@@ -1,12 +1,11 @@
 """Build shards of a teacher's ODE trajectories, which tf_kd and df_kd learn from: latent.pt [K, C,
 T, H, W] (index 0 the ODE's clean end, then the states at --times), embed.pt, prompt.txt, and for a
-causal teacher context.pt, the data it ran under.
+causal teacher context.pt, the data it was conditioned on.
 
     python -m scripts.build_ode_pairs --teacher BIDIRECTIONAL --num 2048 --out DIR [--prompts FILE]
     python -m scripts.build_ode_pairs --teacher CAUSAL --latents 'SHARDS/*.tar' --out DIR
 
-A build that was stopped goes on where it was when the same command is given again; --part 0/4 ...
-3/4 share one among four processes.
+The same command continues a stopped build; --part 0/4 ... 3/4 split one among four processes.
 """
 
 from __future__ import annotations

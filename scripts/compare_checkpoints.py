@@ -1,12 +1,12 @@
-"""Offline numbers of folders of videos, on a page: one folder alone, or several on the same prompts
+"""Offline metrics of folders of videos, as a page: one folder alone, or several on the same prompts
 and noise, compared video by video.
 
     python -m scripts.compare_checkpoints outputs/vbench/videos_a --out outputs/compare
     python -m scripts.compare_checkpoints videos_a videos_b videos_c --out outputs/compare \\
         --max_videos 40
 
-Folders are those of scripts.vbench_sample; with any other, --ignore_conditions leaves unchecked
-that prompts and noise agree. The suite is this package's own (docs/evaluation.md), not VBench.
+Folders are those of `rcm vbench sample`; for others, --ignore_conditions skips the check that
+prompts and noise agree. The metrics are this package's own (docs/evaluation.md), not VBench.
 """
 
 from __future__ import annotations

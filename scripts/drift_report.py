@@ -1,11 +1,11 @@
-"""How long videos drift: curves per window of colour, sharpness, motion, flicker and content,
+"""How much long videos drift: curves of colour, sharpness, motion, flicker and content over time,
 several videos side by side on one page.
 
     python -m scripts.drift_report sliding_window=a.mp4 rolling_sink=b.mp4 --out outputs/drift
     python -m scripts.drift_report mine=long.mp4 --toy_prompt "a red square moving left"
 
-Every curve is a distance to the video's own first window, motion and flicker excepted, which are
-told as they are. Videos are read window by window, so their length does not matter. The page is
+Every curve is a distance to the video's own first window, except motion and flicker, which are
+plotted directly. Videos are read window by window, so their length does not matter. The page is
 OUT/report.html, the numbers OUT/report.json.
 """
 

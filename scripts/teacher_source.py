@@ -46,31 +46,31 @@ PROGRESS_SECONDS = 10.0
 
 _FLAGS = f"""
 prompts FILE            a prompt per line, or .csv / .jsonl with a prompt, caption or text column
-skip_bad_prompts        warn about empty or too long prompts and leave them out
+skip_bad_prompts        skip empty or too long prompts with a warning
 max_prompt_chars int = {MAX_PROMPT_CHARS}  longer prompts are refused [%(default)s]
-teacher PATH            job folder, iter_* folder or exported file of this package, which describes
-  itself
+teacher PATH            a self-describing checkpoint: job folder, iter_* folder or exported file
 weights ema|reg = ema   averaged or last weights, where a file has both [%(default)s]
 dit_path FILE           original or converted Wan weights
   [assets/checkpoints/Wan2.1-T2V-<model_size>.pth]
 model_size 1.3B|14B|auto  network of --dit_path; auto: what the file holds [14B]
 text_encoder_path FILE  umT5 weights [assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth]
 tokenizer_path FOLDER   umT5's tokenizer [beside its weights]
-text_cache FOLDER       keep and reuse text embeddings there
-random_weights          RANDOM network and text encoder of the full size, to measure speed: no data
-  come of it
+text_cache FOLDER       folder that keeps text embeddings for later builds
+random_weights          RANDOM network and text encoder of full size, to measure speed; the samples
+  are useless as data
 resolution {"|".join(SIZES)}  with --aspect_ratio: pixels [480p]
 aspect_ratio {"|".join(SIZES["480p"])}  width to height [16:9]
 num_steps int           Euler steps [100; the checkpoint's]
 timestep_shift float    shift of the time grid [3; the checkpoint's]
-guidance_scale float    above 1 with the negative prompt [5; the checkpoint's]
-sigma_max float         first noise level [5000; the checkpoint's]
+guidance_scale float    classifier-free guidance; 1 or less: none [5; the checkpoint's]
+sigma_max float         noise level of the first step [5000; the checkpoint's]
 batch int = 1           samples computed together [%(default)s]
 precision bf16|fp32|bf16_fp32_time|fp64  of the network [bf16; the checkpoint's]
 attention str = auto    attention back end [%(default)s]
 context_parallel_size int = 1  ranks that share each sample [%(default)s]
-device str              [cuda where there is one]
-write_negative_embedding FILE  store the negative prompt's embedding [L, E]; alone without --out
+device str              cpu or cuda [cuda where there is one]
+write_negative_embedding FILE  write the negative prompt's embedding [L, E]; without --out, only
+  that
 """
 
 

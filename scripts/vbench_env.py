@@ -1,15 +1,15 @@
-"""Make the environment that VBench runs in: it pins transformers 4.33.2 and numpy below 2, so it
-cannot share ours.
+"""Create the Python environment that VBench runs in: it pins transformers 4.33.2 and numpy below 2,
+so it cannot share this package's.
 
-    python -m scripts.vbench_env  # .venv-vbench, everything that a registry has
+    python -m scripts.vbench_env  # .venv-vbench, everything that the package index has
     python -m scripts.vbench_env --minimal  # what temporal_flickering needs, and no model libraries
     python -m scripts.vbench_env --torch torch==2.11.0    # another torch
     # only look: which dimensions can be imported, which model files are there
     python -m scripts.vbench_env --check
 
 Python 3.11 (or 3.10) is needed: tokenizers 0.13.3, which transformers 4.33.2 wants, has no wheel
-for 3.12. Model files are not fetched; the list that is printed says which, how large, and where
-they are published. detectron2, for four dimensions, has to be compiled by hand.
+for 3.12. Model files are not downloaded; the printed list says which are needed, how large they are
+and where they are published. detectron2, for four dimensions, has to be compiled by hand.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ scorer expects.
     python -m scripts.vbench_sample --suite i2v --vbench_repo ~/VBench --no_augmented_prompt \\
         --dit_path FILE
 
-The same command goes on where a stopped one ended, on any number of ranks. Videos lie in
---output_dir, records of the run in OUTPUT_DIR_run. Sample i has the seed --seed + i for every
+The same command continues a stopped run, on any number of ranks. Videos are written to
+--output_dir, records of the run to OUTPUT_DIR_run. Sample i has the seed --seed + i for every
 prompt. A checkpoint that describes itself is sampled as it was trained unless a flag says
 otherwise; for Wan's own files the defaults are those of the release (4 steps, sigma_max 1600, or 50
 steps, guidance 5 and shift 5 without --distilled).

@@ -1,4 +1,4 @@
-"""Score a folder of VBench videos in VBench's own environment, or add up results that are there.
+"""Score a folder of VBench videos in VBench's own environment, or add up existing results.
 
     python -m scripts.vbench_score --videos_path D --vbench_python .venv-vbench/bin/python --ngpus 8
     python -m scripts.vbench_score --videos_path D --dimension temporal_flickering --device cpu \\
@@ -11,8 +11,8 @@
     python -m scripts.vbench_score --videos_path D --vision_reward "python score.py --eval_info \\
         {eval_info} --output {output}"
 
-A dimension whose result is there is not scored again. --dry_run needs neither VBench nor its model
-files: it prints the commands, the files they read and what is missing. The score lands in
+A dimension that has a result is not scored again. --dry_run needs neither VBench nor its model
+files: it prints the commands, the files they read and what is missing. The score is written to
 score.json beside the results.
 """
 

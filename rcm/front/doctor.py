@@ -1,5 +1,5 @@
-"""`rcm doctor`: what this machine, or every rank of a launch, has, whether the kernels are right on
-it, and how fast the ranks reach each other. Each line is ok, a warning, or a fault with what to do.
+"""Check this machine, or every rank of a launch: what it has, whether the kernels are correct, and
+how fast the ranks communicate. Each line is ok, a warning, or a fault with what to do.
 
     rcm doctor
     rcm doctor --quick --compile 480x832    # so that the first stream of that size starts at once

@@ -142,18 +142,18 @@ num_frames N         pixel frames, 4n + 1 [%(default)s]
 resolution NAME
 aspect_ratio W:H = 16:9
 size HxW             pixels, multiples of 16, instead of the table (an addition)
-seed int = 0         [%(default)s]
+seed int = 0         of the noise [%(default)s]
 save_path FILE.mp4 = outputs/generated_video.mp4  [%(default)s]
 fps float = 16.0     frames per second of the file [%(default)g]
 preview_grid FILE.png  also a contact sheet of frames
 report FILE.json     settings, seconds and peak memory per part as JSON
 """
 _FEW_STEPS = """
-num_steps int = 4  [%(default)s]
+num_steps int = 4  sampling steps [%(default)s]
 sigma_max float   noise level of the first step; 1600: less diverse, perhaps better [%(default)g]
 """
 _MANY_STEPS = """
-num_steps N = 50              [%(default)s]
+num_steps N = 50              sampling steps [%(default)s]
 sigma_max int = 5000          noise level of the first step [%(default)s]
 sampler Euler|UniPC = UniPC   [%(default)s]
 guidance_scale float = 5.0    classifier-free guidance; 1 or less: none, and half the work
@@ -173,23 +173,23 @@ _FILES = f"""
 vae_path PATH = {VAE_PATH}                    [%(default)s]
 text_encoder_path PATH = {TEXT_ENCODER_PATH}  [%(default)s]
 tokenizer_path DIR         folder of google/umt5-xxl's files [beside the text encoder]
-text_cache DIR             keep embeddings there; with every prompt in it the text encoder is not
-  read
+text_cache DIR             folder that keeps prompt embeddings; if it has every prompt, the text
+  encoder is not read
 weights ema|live = ema     averaged weights (the only ones in most files) or live ones [%(default)s]
 """
 _MACHINE = """
 device str = cuda              cuda or cpu [%(default)s]
 precision str = bf16           of the networks; see docs/inference.md [%(default)s]
-vae_precision bf16|fp32 = bf16  [%(default)s]
-attention str = auto           [%(default)s]
+vae_precision bf16|fp32 = bf16  of the VAE [%(default)s]
+attention str = auto           attention back end; see docs/extending.md [%(default)s]
 compile                        compile the blocks (one GPU): slow first step, faster later ones
-offload str = idle             what leaves the GPU when it is done; see docs/inference.md
+offload str = idle             which models leave the GPU when done; see docs/inference.md
   [%(default)s]
 low_memory                     the same as --offload low
 vae_tile N                     decode in tiles of N x N pixels [whole frames]
-warmup_iters N = 0             untimed videos before the one that is kept [%(default)s]
-random_weights                 RANDOM numbers for all weights, no file is read: measures time and
-  memory only
+warmup_iters N = 0             untimed videos before the one that is written [%(default)s]
+random_weights                 RANDOM weights instead of files, to measure time and memory; the
+  video is meaningless
 """
 
 
