@@ -3,7 +3,7 @@ recipe, network and layout, beside what the planner says. Random weights at full
 latents of 480p.
 
     torchrun --nproc_per_node=1 -m scripts.bench_scale --json scale.json
-    torchrun --nproc_per_node=4 --max-restarts=3 -m scripts.bench_scale --json scale.json
+    torchrun --nproc_per_node=4 -m scripts.bench_scale --json scale.json
     python -m scripts.bench_scale --plan-only --gpus 4 --gpu h100  # what fits; needs no GPU
     python -m scripts.bench_scale --report --json scale.json  # all rows, and scaling between them
 
@@ -17,8 +17,7 @@ nothing else did.
 
 A row whose prediction does not fit is tried without the student's average, and says so; one that
 does not fit then is not run. The file is written after every row; rows in it that this launch does
-not measure stay. A process that dies (a hung collective, a broken context) is started again by
-torchrun's --max-restarts and goes on behind the row that ended it.
+not measure stay. A row whose ranks wait for each other too long ends the launch.
 """
 
 from __future__ import annotations
@@ -120,6 +119,7 @@ class Bench:
         stated = partial(card, options.gpu, memory_gib=options.memory_gib)
         self.on = present_card() if device.type == "cuda" else stated()
         self.main = dist.get_rank() == 0
+        self.began, self.broken = time.monotonic(), False
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
         fused = device.type == "cuda"
         self.how = {"ranks": ranks, "on": self.on, "tiny": options.small, "fused": fused}
@@ -129,21 +129,20 @@ class Bench:
         1 if one failed or was refused; 130 when asked to stop.
         """
         for row in rows:
-            if self.told(row.name in self.ledger.done):
-                continue
             try:
                 found = planned(row, **self.how)
             except ConfigError as error:
                 self.finish(row, {"status": "refused", "why": str(error)})
+                self.broken = True
                 continue
             if why := self.told(self.reason_against(found)):
                 self.finish(row, {"status": "not run", "why": why}, found)
                 continue
-            self.ledger.begin(row.name)
-            if self.measure(found) == "stopped":
+            status = self.measure(found)
+            if status == "stopped":
                 return INTERRUPTED
-        ends = self.ledger.done.values()
-        return self.told(int(any(end in ("failed", "refused") for end in ends)))
+            self.broken |= status == "failed"
+        return self.told(int(self.broken))
 
     def told(self, decision: Any) -> Any:
         """What rank 0 says."""
@@ -160,7 +159,7 @@ class Bench:
             return f"needs {reserved:.1f} of {self.on.gib:.1f} GiB, the average left out"
         if needed > self.options.limit:
             return f"would take {needed:.0f} s, more than --limit {self.options.limit:g}"
-        left = self.options.budget - self.ledger.spent()
+        left = self.options.budget - (time.monotonic() - self.began)
         if needed + BUILDING > left:
             return (
                 f"would take {needed + BUILDING:.0f} s, {left:.0f} of --budget"
@@ -192,9 +191,6 @@ class Bench:
         else:
             record = {"status": worst.status, "why": worst.why}
         self.finish(row, record | {"took_s": round(time.monotonic() - began, 1)}, found)
-        if worst.status == "failed" and _may_restart():
-            print(f"{row.name}: starting afresh behind it", file=sys.stderr, flush=True)
-            os._exit(3)
         return worst.status
 
     def finish(self, row: Row, record: dict[str, Any], found: Planned | None = None) -> None:
@@ -214,12 +210,6 @@ class Bench:
             }
         print_record(record)
         self.ledger.end(record)
-
-
-def _may_restart() -> bool:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(
-        os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)
-    )
 
 
 _FLAGS = f"""
@@ -312,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--gpus {ranks}, but this launch has {world} rank(s); start it with torchrun"
                 f" --nproc_per_node={ranks}"
             )
-        ledger = Ledger(options.json if first else None, ranks=world, device=device)
+        ledger = Ledger(options.json if first else None, device=device)
         status = Bench(options, ranks=world, device=device, ledger=ledger).run(rows)
         if first:
             print_comparison(ledger.records())

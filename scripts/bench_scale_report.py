@@ -5,8 +5,6 @@ between rows.
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -25,65 +23,29 @@ GIB = 2**30
 
 class Ledger:
     """The rows of a file, by name and number of ranks, written after each. `path` None: kept in
-    memory alone.
-
-    A launch leaves rows that it does not measure as they are. A launch that torchrun started again
-    goes on with what the earlier process wrote: `done` are the rows that it need not repeat, the
-    one that was running when it died among them, with how they ended.
+    memory alone. Rows that a launch does not measure stay as they are.
     """
 
-    def __init__(
-        self, path: OutputFile | None, *, ranks: int = 1, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, path: OutputFile | None, *, device: torch.device | None = None) -> None:
         self.path = path
         self._content: dict[str, Any] = _read(path)
         self._machine = {} if device is None else machine(device)
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if not restarted or "launch" not in self._content:
-            begun = {"began": time.time(), "ranks": ranks, "running": None, "done": {}}
-            self._content["launch"] = begun
-        elif (name := self._launch["running"]) is not None:
-            why = "the process ended; its messages say why"
-            self.end({"row": name, "ranks": ranks, "status": "failed", "why": why})
-
-    @property
-    def _launch(self) -> dict[str, Any]:
-        return self._content["launch"]
-
-    @property
-    def done(self) -> dict[str, str]:
-        """Rows of this launch and how they ended."""
-        return self._launch["done"]
-
-    def spent(self) -> float:
-        """Seconds since the launch began, earlier processes of it included."""
-        return time.time() - self._launch["began"]
-
-    def begin(self, name: str) -> None:
-        """`name` runs now."""
-        self._launch["running"] = name
-        self._write()
 
     def end(self, record: Mapping[str, Any]) -> None:
         """Keep a row in place of an older one of its name and ranks, unless that was measured and
         this one was not run.
         """
-        self._launch["running"] = None
-        self.done[record["row"]] = record["status"]
         old = next((r for r in self.records() if _key(r) == _key(record)), None)
         kept = old is not None and old["status"] == "measured"
         if not kept or record["status"] not in ("not run", "stopped"):
             rest = [r for r in self.records() if r is not old]
             self._content["rows"] = [*rest, {**record, "machine": self._machine}]
-        self._write()
+        if self.path is not None:
+            write(self.path, self._content)
 
     def records(self) -> list[dict[str, Any]]:
         """All rows."""
         return self._content["rows"]
-
-    def _write(self) -> None:
-        if self.path is not None:
-            write(self.path, self._content)
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, int]:

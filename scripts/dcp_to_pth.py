@@ -14,18 +14,15 @@ from pathlib import Path
 import torch
 
 from rcm.core.arguments import Arguments
-from rcm.core.errors import CheckpointError, ConfigError
 from rcm.inference.outcome import command
 from rcm.train.export import PREFIXES, export
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the
-    target is unusable.
-    """
+@command(failure=1)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, export, report."""
     parser = Arguments(description=__doc__)
     add, here = parser.add_argument, "checkpoints/iter_000010000/model"
     told = "DCP directory (iter_*/model), its parent iter_*, or a job directory"
@@ -37,14 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = "stored dtype (default: bf16)"
     add("--dtype", choices=sorted(DTYPES), default="bf16", help=told)
     options = parser.parse_args(arguments)
-    try:
-        dtype, weights = DTYPES[options.dtype], options.weights
-        target = export(options.dcp_checkpoint_dir, options.save_path, weights=weights, dtype=dtype)
-    except (CheckpointError, ConfigError, OSError) as error:
-        print(f"dcp_to_pth: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {options.weights} weights to {target}")
-    return 0
+    dtype, weights = DTYPES[options.dtype], options.weights
+    target = export(options.dcp_checkpoint_dir, options.save_path, weights=weights, dtype=dtype)
+    print(f"wrote {weights} weights to {target}")
 
 
 if __name__ == "__main__":

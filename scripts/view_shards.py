@@ -1,13 +1,13 @@
-"""Look into training shards: keys, shapes, dtypes and captions of their first samples, and a
-picture of them if asked.
+"""Show keys, shapes, dtypes and captions of the first samples in training shards, and with --sheet
+a picture of them.
 
     python -m scripts.view_shards outputs/data/toy/shard-000000.tar
     python -m scripts.view_shards 'outputs/data/wan14b_480p/*.tar' --rows 2
     python -m scripts.view_shards outputs/data/toy/shard-000000.tar --rows 4 --sheet sheet.png
 
-Nothing in a shard is executed. The picture decodes latents one sample at a time, with the codec
-that the set's `dataset.json` names (Wan's VAE from --vae_path); without one: Wan's VAE for 16
-channels, else the toy world's.
+Nothing in a shard is executed. The picture is decoded one sample at a time, with the codec that the
+set's `dataset.json` names (Wan's VAE from --vae_path); without that file with Wan's VAE for 16
+channels, else with the toy codec.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rcm.core.arguments import one_of
+from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.data.latents import LatentShards
@@ -31,7 +31,7 @@ from rcm.encoders.wan_vae_weights import WAN_VAE_FILE
 from rcm.inference.outcome import command, sparing
 from rcm.pipelines.video_io import contact_sheet
 from rcm.worlds.toy_codec import NATURAL, ToyCodec
-from scripts.named_shards import named_shards, shard_flags
+from scripts.shards import add_patterns, named_shards
 
 CODECS = {"toy": ToyCodec(), "natural": NATURAL}
 _WAN_CHANNELS = 16
@@ -41,7 +41,8 @@ _CAPTION = 100
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = shard_flags(__doc__)
+    parser = Arguments(description=__doc__, allow_abbrev=False)
+    add_patterns(parser)
     parser.add_argument(
         "--rows", type=int, default=8, help="samples per shard; 0: how many there are [%(default)s]"
     )

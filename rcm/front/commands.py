@@ -83,9 +83,9 @@ view  scripts.view_shards: show keys, shapes and captions of the first samples i
     frames as a picture
   rcm data view outputs/data/toy/shard-000000.tar
   rcm data view outputs/data/toy/shard-000000.tar --rows 4 --sheet sheet.png
-merge  scripts.merge_shards: merge many small shards into larger ones
+merge  scripts.shards merge: merge many small shards into larger ones
   rcm data merge 'outputs/data/parts/*/shard-*.tar' --out outputs/data/whole --shard_size 1000
-index  scripts.index_shards: index the samples of many shards, so that training on them starts at
+index  scripts.shards index: index the samples of many shards, so that training on them starts at
     once
   rcm data index 'outputs/data/whole/shard-*.tar'
 ode-pairs  scripts.build_ode_pairs: write a teacher's sampling trajectories, which the _tf_kd and

@@ -21,7 +21,7 @@ from rcm.data.loader import Loader
 from rcm.data.set_index import MANY, RECORD, record_shards, write_record
 from rcm.data.shard_writer import ShardSample, build_shards, shard_name, write_shard
 from rcm.data.tar_index import INDEX_SUFFIX, ShardError, ShardIndex, scan_shard
-from scripts import index_shards
+from scripts.shards import main as shards_main
 
 NUM = 5
 
@@ -215,7 +215,7 @@ def test_the_command(folder, capsys, old):
     other = folder / "it's"
     other.mkdir()
     write_shard(other / shard_name(0), samples(60), first_key=60)
-    assert index_shards.main([f"{folder}/shard-*.tar", f"{other}/*.tar"]) == 0
+    assert shards_main(["index", f"{folder}/shard-*.tar", f"{other}/*.tar"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{folder}/dataset.index: 3 shards, 15 samples",
         f"{other}/dataset.index: 1 shards, 5 samples",
@@ -224,7 +224,7 @@ def test_the_command(folder, capsys, old):
     path = folder / shard_name(1)
     path.write_bytes(path.read_bytes()[:3000])
     before = (folder / RECORD).read_bytes()
-    assert index_shards.main([f"{folder}/shard-*.tar"]) == 1
+    assert shards_main(["index", f"{folder}/shard-*.tar"]) == 1
     warned, told = capsys.readouterr().err.splitlines()
     assert warned.startswith("warning: index") and told.startswith("error: shard") and "shard-000001.tar" in told
     assert (folder / RECORD).read_bytes() == before and not list(folder.glob(".*"))

@@ -15,7 +15,8 @@ from PIL import Image
 from rcm.data.latents import LatentShards
 from rcm.data.shard_writer import MANIFEST, ShardSample, shard_name, write_shard
 from rcm.data.tar_index import index_shard
-from scripts import build_dataset, merge_shards, view_shards
+from scripts import build_dataset, view_shards
+from scripts.shards import main as shards_main
 from tests.faults.case import Bomb, Fault, canary, each
 from tests.support.shard_files import instead, rewrite, sample, tensor_bytes
 
@@ -28,8 +29,12 @@ def small_set(folder: Path, counts: list[int], *, first: int = 0, **how) -> Path
     return folder
 
 
+def merging(words: list[str]) -> int:
+    return shards_main(["merge", *words])
+
+
 def merge(*words: object) -> int:
-    return merge_shards.main([str(word) for word in words])
+    return merging([str(word) for word in words])
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
@@ -187,15 +192,15 @@ def linked(folder: Path) -> None:
 PAIR = lambda folder: small_set(folder / "set", [1, 1])  # noqa: E731
 MERGED, SEEN = ("FOLDER/set/*.tar", "--out", "FOLDER/out", "--shard_size", "1"), ("FOLDER/set/*.tar", "--sheet", "FOLDER/out/a.png")
 FAULTS = [
-    *(hurt(merge_shards.main, name, told, prepare, *MERGED) for name, prepare, told in DAMAGE),
+    *(hurt(merging, name, told, prepare, *MERGED) for name, prepare, told in DAMAGE),
     *(hurt(view_shards.main, name, told, prepare, *SEEN) for name, prepare, told in DAMAGE),
-    hurt(merge_shards.main, "two kinds", "two kinds of data", two_kinds, "FOLDER/set/*.tar", "--out", "FOLDER/out"),
-    hurt(merge_shards.main, "two shapes", r"\[4, 3, 2, 4\] bfloat16.*one shape", two_shapes, "FOLDER/set/*.tar", "--out", "FOLDER/out"),
-    hurt(merge_shards.main, "two codecs", "built for different codec", two_codecs, "FOLDER/{toy,natural}/*.tar", "--out", "FOLDER/out"),
-    hurt(merge_shards.main, "into itself", "lies in the output folder.*another --out", PAIR, "FOLDER/set/*.tar", "--out", "FOLDER/set"),
-    hurt(merge_shards.main, "nothing there", "no shard matches .*change the pattern", PAIR, "FOLDER/none/*.tar", "--out", "FOLDER/out"),
+    hurt(merging, "two kinds", "two kinds of data", two_kinds, "FOLDER/set/*.tar", "--out", "FOLDER/out"),
+    hurt(merging, "two shapes", r"\[4, 3, 2, 4\] bfloat16.*one shape", two_shapes, "FOLDER/set/*.tar", "--out", "FOLDER/out"),
+    hurt(merging, "two codecs", "built for different codec", two_codecs, "FOLDER/{toy,natural}/*.tar", "--out", "FOLDER/out"),
+    hurt(merging, "into itself", "lies in the output folder.*another --out", PAIR, "FOLDER/set/*.tar", "--out", "FOLDER/set"),
+    hurt(merging, "nothing there", "no shard matches .*change the pattern", PAIR, "FOLDER/none/*.tar", "--out", "FOLDER/out"),
     hurt(
-        merge_shards.main,
+        merging,
         "home that no shell expands",
         "would be in a folder called ~; write /",
         PAIR,
@@ -204,7 +209,7 @@ FAULTS = [
         "~/out",
     ),
     hurt(
-        merge_shards.main,
+        merging,
         "another set is there",
         r"built otherwise \(merged: there \[\{.*shard-000000.*\}\], asked \[\{.*shard-000001.*\}\]; num_samples: there 9, asked 2\)",
         another_set,
