@@ -201,6 +201,8 @@ def _module_of(name: str) -> ModuleType:
             ) from error
     inside = Path(rcm.__file__).resolve().parent.parent
     candidates = [Path(name), inside / name]
+    if candidates[1].is_relative_to(inside / "rcm"):
+        candidates.reverse()  # a path into the package is this package's, also in another clone
     path = next((p.resolve() for p in candidates if p.is_file()), None)
     if path is None:
         looked = " and ".join(dict.fromkeys(str(p.absolute()) for p in candidates))
@@ -211,6 +213,7 @@ def _module_of(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the names of their annotations
     spec.loader.exec_module(module)
     return module
 

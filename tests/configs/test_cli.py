@@ -114,6 +114,23 @@ def test_bad_registries_are_one_sentence(tmp_path: Path, capsys, monkeypatch, so
     assert re.search(told, said) and said.startswith("error: ") and said.count("\n") == 1, said
 
 
+def test_a_registry_may_define_records(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Size:\n    width: int = 3\ndef register():\n    assert Size().width == 3\n"
+    )
+    assert cli.load_registry(str(file)) == str(file)
+
+
+def test_another_clone_in_the_working_folder_is_not_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / cli.DEFAULT_REGISTRY
+    other.parent.mkdir(parents=True)
+    other.write_text("raise RuntimeError('the code of another clone')")
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_registry(cli.DEFAULT_REGISTRY) == "rcm.configs.registry_distill"
+
+
 def test_a_module_that_is_not_there_is_no_registry() -> None:
     with pytest.raises(ConfigError, match="no such module"):
         cli.load_registry("rcm.no_such")
