@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -26,13 +29,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rcm.core.errors import ConfigError, PeerGone, require_divisible, require_equal
 from rcm.parallel.agree import naming_lost_peers
-from rcm.parallel.launch import Launch, launch_number, meeting_place, stated_launch
+from rcm.parallel.launch import Launch, meeting_place, stated_launch
 from rcm.parallel.threads import end_threads_at_exit
 
 SHARD_KNOB = "model.config.fsdp_shard_size"
 CP_KNOB = "model_parallel.context_parallel_size"
 _REFUSED = re.compile(r"failed to (?:bind|listen).*?message: ([\w ]+)", re.DOTALL)
 """What torch says when it cannot open the port where ranks meet."""
+MEETING = timedelta(minutes=30)
+"""How long ranks wait for each other at the start, as in torch."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ def _meet(backend: str, launch: Launch, device: torch.device | None) -> None:
     """
     address, port = meeting_place()
     try:
-        store = _after_restart(launch, address, port)
+        store = _where_torchrun_keeps_names(launch, address, port)
         dist.init_process_group(backend, device_id=device, **store)
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
         if refused := _REFUSED.search(str(error)):
@@ -262,13 +267,39 @@ def _meet(backend: str, launch: Launch, device: torch.device | None) -> None:
         ) from error
 
 
-def _after_restart(launch: Launch, address: str, port: int) -> dict[str, Any]:
-    """How ranks meet that torchrun started again: its agent still keeps the addresses of the dead
-    ones.
+def _where_torchrun_keeps_names(launch: Launch, address: str, port: int) -> dict[str, Any]:
+    """How ranks meet in a store that outlives them. Over a restart torchrun keeps the addresses of
+    the dead ones in it, and agents of several machines count restarts each for itself: rank 0 draws
+    a name for this start, under which all meet. A rank asks for it with a word of its own, so that
+    it takes no older answer, and says that it has it.
     """
-    restarts = launch_number("TORCHELASTIC_RESTART_COUNT", 0)
-    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    store = dist.TCPStore(address, port, is_master=False)
-    named = dist.PrefixStore(f"restart {restarts}", store)
+    store = dist.TCPStore(address, port, is_master=False, timeout=MEETING)
+    word = uuid.uuid4().hex
+    if launch.rank == 0:
+        name = word
+        _tell(store, name, others=set(range(1, launch.world_size)))
+    else:
+        store.set(f"rcm asks {launch.rank}", word)
+        name = store.get(f"rcm tells {word}").decode()
+        store.set(f"rcm {name} {launch.rank}", "has it")
+    named = dist.PrefixStore(name, store)
     return {"store": named, "rank": launch.rank, "world_size": launch.world_size}
+
+
+def _tell(store: dist.Store, name: str, *, others: set[int]) -> None:
+    """Answer every rank that asks with `name`, until all `others` have it: what is found first may
+    be the word of one that is dead.
+    """
+    told: dict[int, bytes] = {}
+    deadline = time.monotonic() + MEETING.total_seconds()
+    while others := {rank for rank in others if not store.check([f"rcm {name} {rank}"])}:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"ranks {sorted(others)} did not ask rank 0 for a name")
+        for rank in sorted(others):
+            asked = f"rcm asks {rank}"
+            if store.check([asked]) and (word := store.get(asked)) != told.get(rank):
+                store.set(f"rcm tells {word.decode()}", name)
+                told[rank] = word
+        time.sleep(0.05)

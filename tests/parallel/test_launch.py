@@ -4,10 +4,12 @@ launcher says it.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from rcm.parallel.agree import sentence
 from rcm.parallel.launch import Launch, is_first, launched_world, this_launch
 from rcm.parallel.mesh import process_group
 from tests.hygiene.source import ROOT, files, name
+from tests.support.dist import run_until_death
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WRONG = {
@@ -200,6 +203,27 @@ def test_a_port_that_somebody_has_is_told_at_once(environ) -> None:
         told = rf"MASTER_PORT={port}: rank 0 cannot wait for the others there \(address already in use\); give another port"
         with pytest.raises(ConfigError, match=told), process_group("cpu"):
             pass
+
+
+def meet(rank: int, port: int, restarts: str) -> None:
+    """Exit with the sum over two ranks that torchrun has started, of which one dies right after."""
+    said = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    said |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restarts}
+    os.environ.update({key: str(value) for key, value in said.items()})
+    with process_group("cpu"):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        os._exit(int(total))
+
+
+@pytest.mark.dist
+def test_restarted_ranks_meet_in_the_store_of_the_dead() -> None:
+    """torchrun on several machines: every agent counts the restarts that its own ranks caused."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor() as pool:
+        for counts in ("00", "01", "01", "12"):
+            ended = [pool.submit(run_until_death, meet, rank, agent.port, count, timeout=60) for rank, count in enumerate(counts)]
+            assert [rank.result() for rank in ended] == [2, 2], counts
 
 
 @pytest.mark.parametrize("words", [["train", "experiment=toy_tf_c3-3"], ["doctor", "--quick"]])
