@@ -61,7 +61,6 @@ STREAM = [
     streamed("a prompt of an entity", "number 1 is empty", "--prompt", "&nbsp;"),
     streamed("a prompt of no width", "number 1 is empty", "--prompt", "\u200b\u200d\ufeff"),
     streamed("a prompt that is no text", "number 1 is not UTF-8", "--prompt", "caf\udce9"),
-    streamed("first latents without frames", "give --first_frames", "--first_latents", "1"),
     streamed("a checkpoint that is not there", "no checkpoint at", "--ckpt", "none", "--prompt", "a red cross moving up"),
 ]
 
