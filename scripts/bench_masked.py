@@ -100,7 +100,7 @@ def measure(name: str, mask: MaskSpec, small: MaskSpec, *, backend: str, repeats
     try:
         core = AttentionCore(resolve(backend))
     except ConfigError as error:
-        return row | {"correct": None, "errors": str(error).partition(": ")[2].partition(":")[0]}
+        return row | {"correct": None, "errors": str(error).partition(": ")[2]}
     began = time.perf_counter()
     inputs, grad_o = draw(small, 2)
     # so that the record of `core` speaks of the full size

@@ -9,6 +9,7 @@ first call of each kind (`attention_trial`).
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -17,6 +18,7 @@ from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from importlib.metadata import packages_distributions, version
+from pathlib import Path
 from types import ModuleType
 from typing import Self
 
@@ -274,16 +276,22 @@ class TransformerEngine(Package):
 
     Its unfused attention, which holds the whole score matrix, is switched off for the process
     unless NVTE_UNFUSED_ATTN says otherwise; `ConfigError` where it has no other for a call. It is
-    given torch's cuDNN unless CUDNN_HOME names one: it would take that of the CUDA toolkit, and the
-    parts of two versions do not load together.
+    given torch's cuDNN, all parts of it, unless CUDNN_HOME names one: it would take what torch has
+    not loaded yet from the CUDA toolkit, and the parts of two versions do not load together.
     """
 
     name, module = "te", "transformer_engine.pytorch"
     hint = "pip install 'rcm[te]' (needs a CUDA toolchain)"
 
     def __init__(self) -> None:
-        if folder := _folder_of_cudnn():  # before a look for the package imports its parent
-            os.environ.setdefault("CUDNN_HOME", folder)
+        folder = _folder_of_cudnn() if importlib.util.find_spec("transformer_engine") else None
+        if folder and "CUDNN_HOME" not in os.environ:
+            os.environ["CUDNN_HOME"] = folder
+            try:  # before a look for the package imports its parent, which is linked to every part
+                for part in sorted(Path(folder, "lib").glob("libcudnn*.so.*")):
+                    ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                raise _does_not_load(self.name, "nvidia.cudnn", error) from error
         super().__init__()
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         self._modules: dict[tuple[int, int, int, float], torch.nn.Module] = {}

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import sys
 import types
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,23 +191,50 @@ def fresh():
     forget()
 
 
-@pytest.mark.parametrize("named", ["", "/opt/cudnn"])
-def test_transformer_engine_is_given_the_cudnn_of_torch(named, tmp_path, monkeypatch):
-    """It looks under CUDNN_HOME first, then in the toolkit, which may be of another version."""
+@pytest.fixture
+def cudnn(tmp_path, monkeypatch) -> Iterator[Path]:
+    """Transformer Engine and torch's cuDNN as packages, the latter in parts; CUDNN_HOME unset."""
     folder = tmp_path / "nvidia" / "cudnn"
-    folder.mkdir(parents=True)
-    for package in (folder, folder.parent):
+    for package in (tmp_path / "transformer_engine", folder.parent, folder):
+        package.mkdir()
         (package / "__init__.py").touch()
+    (folder / "lib").mkdir()
+    for part in ("libcudnn.so.9", "libcudnn_graph.so.9", "libcudnn_heuristic.so.9", "other.so.9"):
+        (folder / "lib" / part).touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
-    seen = []  # the look for the package imports its parent, which loads cuDNN
-    monkeypatch.setattr(attention_packages, "require_package", lambda *_, **__: seen.append(os.environ["CUDNN_HOME"]))
-    monkeypatch.setenv("CUDNN_HOME", named)
-    if not named:
-        del os.environ["CUDNN_HOME"]
-    attention_packages.TransformerEngine()
-    assert seen == [named or str(folder)]
+    monkeypatch.setenv("CUDNN_HOME", "")  # so that it is taken back
+    monkeypatch.delenv("CUDNN_HOME")
+    yield folder
     sys.modules.pop("nvidia", None)
+
+
+@pytest.mark.parametrize("named", ["", "/opt/cudnn"])
+def test_transformer_engine_is_given_the_cudnn_of_torch(named, cudnn, monkeypatch):
+    """All parts of it, before the look for the package, whose parent is linked to every one: torch
+    loads some when it needs them, and the toolkit's others may be of another version.
+    """
+    seen = []
+    monkeypatch.setattr(attention_packages.ctypes, "CDLL", lambda path, mode: seen.append(Path(path).name))
+    monkeypatch.setattr(attention_packages, "require_package", lambda *_, **__: seen.append(os.environ["CUDNN_HOME"]))
+    if named:
+        monkeypatch.setenv("CUDNN_HOME", named)
+    attention_packages.TransformerEngine()
+    parts = ["libcudnn.so.9", "libcudnn_graph.so.9", "libcudnn_heuristic.so.9"]
+    assert seen == ([named] if named else [*parts, str(cudnn)])
+
+
+def test_a_part_of_cudnn_that_does_not_load_is_named(cudnn):
+    with pytest.raises(ConfigError, match=r"backend 'te' is not available: nvidia.cudnn is installed but does not load .*libcudnn\.so\.9"):
+        attention_packages.TransformerEngine()
+
+
+def test_cudnn_is_left_alone_without_the_package(cudnn, monkeypatch):
+    (cudnn.parent.parent / "transformer_engine" / "__init__.py").unlink()
+    (cudnn.parent.parent / "transformer_engine").rmdir()
+    with pytest.raises(ConfigError, match="is not installed"):
+        attention_packages.TransformerEngine()
+    assert "CUDNN_HOME" not in os.environ
 
 
 def test_flash4_alone_is_not_flash2(tmp_path, monkeypatch, fresh):
