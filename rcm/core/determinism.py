@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -23,12 +24,13 @@ def repeatable(wanted: bool) -> Iterator[None]:
     os.environ.setdefault(WORKSPACE, ":4096:8")
     strict = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # a module whose attribute is a property
+    fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     # every buffer is written before it is read here; filling them costs a pass each
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
