@@ -21,6 +21,8 @@ from rcm.evaluation.vbench_manifest import RunFolder, VideoRecord, beside, file_
 from rcm.evaluation.vbench_prompts import SuiteItem
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.launch import this_launch
+from rcm.parallel.mesh import meeting
+from rcm.parallel.threads import end_threads_at_exit
 from rcm.pipelines.video_io import write_mp4
 
 CRF = 12
@@ -86,17 +88,16 @@ def group_of_video(share: Share, *, device: torch.device) -> Iterator[None]:
     if share.cp_size == 1:
         yield
         return
-    rank, world = share.dp_rank * share.cp_size + share.cp_rank, share.dp_size * share.cp_size
-    store, _, _ = next(dist.rendezvous("env://", rank, world))
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    own = dist.PrefixStore(f"video{share.dp_rank}", store)
-    dist.init_process_group(
-        backend,
-        store=own,
-        rank=share.cp_rank,
-        world_size=share.cp_size,
-        device_id=None if device.type == "cpu" else device,
-    )
+    end_threads_at_exit()
+    with meeting(this_launch()) as store:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"video{share.dp_rank}", store),
+            rank=share.cp_rank,
+            world_size=share.cp_size,
+            device_id=None if device.type == "cpu" else device,
+        )
     try:
         yield
         dist.barrier()

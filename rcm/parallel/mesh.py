@@ -213,7 +213,10 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     end_threads_at_exit()
     try:
         if launch.launched and launch.world_size > 1:
-            _meet(backend, launch, None if device.type == "cpu" else device)
+            place: Any = {"rank": launch.rank, "world_size": launch.world_size}
+            own = None if device.type == "cpu" else device
+            with meeting(launch) as store:
+                dist.init_process_group(backend, store=store, device_id=own, **place)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     except RuntimeError as error:
@@ -242,14 +245,18 @@ def launch_group() -> Iterator[torch.device]:
         yield device
 
 
-def _meet(backend: str, launch: Launch, device: torch.device | None) -> None:
-    """Make the group of the launcher's ranks; ConfigError for an environment that no launcher
-    leaves, PeerGone where they do not meet.
+@contextmanager
+def meeting(launch: Launch) -> Iterator[dist.Store]:
+    """A store of the ranks of this start of the launch, in which they make groups within the
+    context. ConfigError for an environment that no launcher leaves, PeerGone where they do not
+    meet.
     """
     address, port = meeting_place()
     try:
-        store = _where_torchrun_keeps_names(launch, address, port)
-        dist.init_process_group(backend, device_id=device, **store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            yield _named_store(launch, address, port)
+        else:
+            yield next(dist.rendezvous("env://", launch.rank, launch.world_size))[0]
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
         if refused := _REFUSED.search(str(error)):
             raise ConfigError(
@@ -267,14 +274,12 @@ def _meet(backend: str, launch: Launch, device: torch.device | None) -> None:
         ) from error
 
 
-def _where_torchrun_keeps_names(launch: Launch, address: str, port: int) -> dict[str, Any]:
-    """How ranks meet in a store that outlives them. Over a restart torchrun keeps the addresses of
-    the dead ones in it, and agents of several machines count restarts each for itself: rank 0 draws
-    a name for this start, under which all meet. A rank asks for it with a word of its own, so that
-    it takes no older answer, and says that it has it.
+def _named_store(launch: Launch, address: str, port: int) -> dist.Store:
+    """The store of torchrun's agents, under a name that rank 0 draws for this start. Over a restart
+    torchrun keeps the addresses of the dead in it, and agents of several machines count restarts
+    each for itself. A rank asks for the name with a word of its own, so that it takes no older
+    answer, and says that it has it.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
     store = dist.TCPStore(address, port, is_master=False, timeout=MEETING)
     word = uuid.uuid4().hex
     if launch.rank == 0:
@@ -284,8 +289,7 @@ def _where_torchrun_keeps_names(launch: Launch, address: str, port: int) -> dict
         store.set(f"rcm asks {launch.rank}", word)
         name = store.get(f"rcm tells {word}").decode()
         store.set(f"rcm {name} {launch.rank}", "has it")
-    named = dist.PrefixStore(name, store)
-    return {"store": named, "rank": launch.rank, "world_size": launch.world_size}
+    return dist.PrefixStore(name, store)
 
 
 def _tell(store: dist.Store, name: str, *, others: set[int]) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rcm.core.errors import ConfigError
+from rcm.evaluation.vbench_sampling import Share, group_of_video
 from rcm.parallel import launch
 from rcm.parallel.agree import sentence
 from rcm.parallel.launch import Launch, is_first, launched_world, this_launch
@@ -144,6 +145,7 @@ def test_two_ranks_on_one_gpu_are_told(environ, monkeypatch: pytest.MonkeyPatch)
         raise dist.DistBackendError("ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
 
     environ(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", refuse)
     with pytest.raises(ConfigError, match="two ranks of this launch were given one GPU"), process_group("cpu"):
         pass
@@ -205,24 +207,27 @@ def test_a_port_that_somebody_has_is_told_at_once(environ) -> None:
             pass
 
 
-def meet(rank: int, port: int, restarts: str) -> None:
-    """Exit with the sum over two ranks that torchrun has started, of which one dies right after."""
+def meet(rank: int, port: int, restarts: str, video: bool) -> None:
+    """Exit with the sum over two ranks that torchrun has started, and die right after; as the ranks
+    of a training, or of one `video`.
+    """
     said = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     said |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restarts}
     os.environ.update({key: str(value) for key, value in said.items()})
-    with process_group("cpu"):
+    with group_of_video(Share.of_launch(cp_size=2), device=torch.device("cpu")) if video else process_group("cpu"):
         total = torch.ones(1)
         dist.all_reduce(total)
         os._exit(int(total))
 
 
 @pytest.mark.dist
-def test_restarted_ranks_meet_in_the_store_of_the_dead() -> None:
+@pytest.mark.parametrize("video", [False, True], ids=["training", "video"])
+def test_restarted_ranks_meet_in_the_store_of_the_dead(video: bool) -> None:
     """torchrun on several machines: every agent counts the restarts that its own ranks caused."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ThreadPoolExecutor() as pool:
         for counts in ("00", "01", "01", "12"):
-            ended = [pool.submit(run_until_death, meet, rank, agent.port, count, timeout=60) for rank, count in enumerate(counts)]
+            ended = [pool.submit(run_until_death, meet, rank, agent.port, count, video, timeout=60) for rank, count in enumerate(counts)]
             assert [rank.result() for rank in ended] == [2, 2], counts
 
 
