@@ -118,9 +118,9 @@ def print_phase(phase: PhasePrediction, *, often: str) -> None:
     for name, steps in told.items():
         size, flops = max(step.bytes for step in steps), sum(step.flops for step in steps)
         taken = seconds(sum(step.seconds for step in steps))
-        beside = f"{gib(size)} beside the states, {taken:>9}, {flops / 1e12:10.2f} TFLOP"
+        beside = f"{gib(size)} on top of the states, {taken:>9}, {flops / 1e12:10.2f} TFLOP"
         print(f"      pass {name:<42} {beside}")
-    print(f"      update {'':<40} {'':>29} {seconds(phase.update_seconds):>9}")
+    print(f"      update {'':<40} {'':>33} {seconds(phase.update_seconds):>9}")
 
 
 def print_prediction(found: Prediction) -> None:
@@ -132,7 +132,7 @@ def print_prediction(found: Prediction) -> None:
         f" context_parallel_size {job.context}, recompute"
         f" {', '.join(sorted(set(recomputations(job).values())))}"
     )
-    print(f"  always there: {gib(found.state_bytes).strip()}")
+    print(f"  states, held throughout: {gib(found.state_bytes).strip()}")
     print_terms(found.states)
     for phase in found.phases:
         print_phase(phase, often=f" ({phase.share:.0%} of the iterations)" if several else "")
@@ -230,7 +230,7 @@ def print_machines(
         found = best or levers.proposal.smallest
         name = f"{found.job.ranks} x {found.card.name}"
         needs = f"{gib(found.reserved).strip():>11}{gib(found.host * found.job.ranks).strip():>11}"
-        how = seconds(found.seconds) if best else "does not fit, whatever it gives up"
+        how = seconds(found.seconds) if best else "does not fit, even with every memory saving"
         print(f"{name:<14}{found.card.gib:>5.1f} GiB{needs}  {how}")
         rows.append({"gpus": found.job.ranks, "gpu": found.card.name, **plain(found)})
         rows[-1]["levers"] = levers.words
