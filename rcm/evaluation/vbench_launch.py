@@ -42,10 +42,8 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.gpus < 1 or (self.gpus > 1 and self.device == "cpu"):
-            raise ConfigError(
-                f"--ngpus {self.gpus} on {self.device}: at least 1, and several only on cuda"
-            )
+        if self.gpus > 1 and self.device == "cpu":
+            raise ConfigError(f"--ngpus {self.gpus} on cpu: several only on cuda")
 
     @property
     def view(self) -> Path:

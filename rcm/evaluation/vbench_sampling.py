@@ -70,10 +70,8 @@ class Share:
         """The share of this rank of torchrun's, whose ranks divide into groups."""
         launch = this_launch()
         rank, world = launch.rank, launch.world_size
-        if cp_size < 1 or world % cp_size:
-            raise ConfigError(
-                f"--cp_size {cp_size} must be at least 1 and divide the {world} ranks of the launch"
-            )
+        if world % cp_size:
+            raise ConfigError(f"--cp_size {cp_size} must divide the {world} ranks of the launch")
         return cls(rank // cp_size, world // cp_size, rank % cp_size, cp_size)
 
     def of(self, items: Sequence[SuiteItem]) -> list[SuiteItem]:
@@ -116,8 +114,6 @@ class SuiteRun:
     image_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ConfigError(f"--num_samples {self.num_samples} must be at least 1")
         if not self.items:
             raise ConfigError("no prompt to sample")
 
