@@ -38,7 +38,6 @@ def named_shards(patterns: Sequence[str]) -> list[Path]:
 
 
 def _merge(paths: list[Path], out: Path, *, shard_size: int) -> None:
-    require_folder(out, f"--out {out}")
     written = merge_shards(paths, out, shard_size=shard_size)
     print(f"{len(paths)} shards in {len(written)}: {out}/shard-*.tar")
 
@@ -66,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     merge.add_argument(*size, type=int, default=1000, metavar="N", help=told)
     add_patterns(commands.add_parser("index", help="record where the samples of shards lie"))
     options = parser.parse_args(argv)
-    paths = named_shards(options.shards)
     if options.command == "merge":
-        _merge(paths, options.out, shard_size=options.shard_size)
+        require_folder(options.out, f"--out {options.out}")
+        _merge(named_shards(options.shards), options.out, shard_size=options.shard_size)
     else:
-        _index(paths)
+        _index(named_shards(options.shards))
 
 
 if __name__ == "__main__":

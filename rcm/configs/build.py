@@ -23,6 +23,7 @@ from rcm.configs.schema_causal import CausalConfig
 from rcm.core.determinism import repeatable
 from rcm.core.errors import ConfigError
 from rcm.core.files import discard
+from rcm.core.output_file import place_for
 from rcm.data.loader import Loader
 from rcm.methods.adversary import HEAD
 from rcm.methods.base import Method
@@ -171,6 +172,7 @@ def _claimed(folder: Path, run: Run) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
+            place_for(folder)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(job_lock(folder))
             discard(folder / UNCHECKED)

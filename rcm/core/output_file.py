@@ -46,12 +46,12 @@ def require_folder(path: Path, named: str) -> None:
     """
     require_expanded(path, named)
     try:
-        _place(path)
+        place_for(path)
     except OSError as error:
         raise ConfigError(f"{named}: {error.strerror}; choose another folder") from error
 
 
-def _place(folder: Path) -> Path:
+def place_for(folder: Path) -> Path:
     """`folder`, or what is there above it; `OSError` where no files can be written to."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if there.is_symlink() and not there.exists():
@@ -115,7 +115,7 @@ class OutputFile:
                 raise OSError(errno.EINVAL, "is a device or a pipe, no file")
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(errno.EACCES, "the file is write-protected")
-        there, most = _place(self.path.parent), os.pathconf("/", "PC_NAME_MAX")
+        there, most = place_for(self.path.parent), os.pathconf("/", "PC_NAME_MAX")
         if any(len(os.fsencode(part)) > most for part in self.path.relative_to(there).parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         probe = there / f".{secrets.token_hex(6)}.partial"

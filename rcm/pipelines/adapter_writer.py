@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
+from rcm.core.output_file import OutputFile, require_folder
 from rcm.nets.wan.lora import LAYOUTS, peft_settings, published
 from rcm.pipelines.adapted_weights import AdaptedWeights
 from rcm.pipelines.weight_writer import check_free
@@ -61,6 +61,8 @@ def save_adapters(
     )
     if wanted:
         OutputFile.claim(target)
+    elif not target.exists():
+        require_folder(target, f"{target}")
     said = network.described
     settings = peft_settings(
         said["layers"],

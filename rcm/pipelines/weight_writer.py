@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile, is_file_of, require_expanded
+from rcm.core.output_file import OutputFile, is_file_of, require_expanded, require_folder
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
 from rcm.nets.wan.published_config import published_settings
@@ -89,6 +89,8 @@ def save_network(
     )
     if target.suffix in (".safetensors", ".pt", ".pth"):
         OutputFile.claim(target)
+    elif not target.exists():
+        require_folder(target, f"{target}")
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
     with replacing_described(target, description) as partial:
         _write(

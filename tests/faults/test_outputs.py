@@ -104,6 +104,8 @@ FOLDERS = {
     "data build": "data build --num 2 --out OUT",
     "data ode-pairs": f"data ode-pairs --teacher {toy_checkpoint()} --out OUT",
     "data merge": "data merge none.tar --out OUT",
+    "checkpoint convert": f"checkpoint convert {toy_checkpoint()} OUT",
+    "train": "train experiment=toy_tf_c3-3 job.output_root=OUT",
     "vbench sample": f"vbench sample --dit_path {toy_checkpoint()} --no_augmented_prompt --output_dir OUT",
     "bench metrics": "bench metrics --out OUT",
     "bench drift": "bench drift a.mp4 --no-features --out OUT",

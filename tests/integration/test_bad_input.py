@@ -235,7 +235,7 @@ def test_unwritable_output_folder(tmp_path: Path, told: Told) -> None:
     (tmp_path / "file").write_text("")
     assert launch(TF, *small(tmp_path / "file" / "job")) == 1
     message = told(1)
-    assert f"cannot write to the job folder {tmp_path}/file/job: Not a directory" in message
+    assert f"cannot write to the job folder {tmp_path}/file/job: {tmp_path}/file is no folder" in message
     assert "set job.output_root or IMAGINAIRE_OUTPUT_ROOT" in message
 
 
