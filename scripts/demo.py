@@ -241,8 +241,7 @@ def _print_table(
         demo.scores().items(), key=lambda item: order.index(item[0][0])
     ):
         cells = " ".join(
-            f"{scores.values[c]:9.1f}" if c == "score" else f"{scores.values[c]:9.2f}"
-            for c in COLUMNS
+            f"{scores[c]:9.1f}" if c == "score" else f"{scores[c]:9.2f}" for c in COLUMNS
         )
         print(f"{name:<16} {label:<11} {cells}")
     for stage in stages:
