@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_pieces_cover_their_bytes_on_pages_of_their_own(registered) -> None:
         assert address % PAGE == 0 and size <= registered[address] < size + PAGE and registered[address] % PAGE == 0
         taken.append((address, address + registered[address]))
     taken.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(taken))
 
 
 def test_a_piece_is_forgotten_with_the_last_tensor_that_shows_it(registered) -> None:
