@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import TensorMeta
 
+from rcm.core.errors import ConfigError
 from rcm.parallel.blocks import blocks_of
 
 PAGE = 4096
@@ -33,12 +34,15 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
 
     Torch hands pinned memory out in powers of two, which is half as much again for the sizes of
     Wan's weights. Here large pieces are plain memory that is registered with the driver, to the
-    page. `RuntimeError` where the driver cannot.
+    page. `ConfigError` where there is too little.
     """
     if not pinned or size < REGISTERED:
         return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     # whole pages: what shares a page with another registered piece could not be registered
-    held = np.empty(-(-size // PAGE) * PAGE + PAGE, np.uint8)
+    try:
+        held = np.empty(-(-size // PAGE) * PAGE + PAGE, np.uint8)
+    except MemoryError as error:
+        raise _too_little(size, "out of memory") from error
     start = -held.ctypes.data % PAGE
     address, length = held.ctypes.data + start, len(held) - PAGE
     _register(address, length)
@@ -50,10 +54,15 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
 def _register(address: int, length: int) -> None:
     problem = torch.cuda.cudart().cudaHostRegister(address, length, 0)
     if int(problem):
-        raise RuntimeError(
-            f"{length / 2**30:.2f} GiB of host memory could not be pinned ({problem}): the machine"
-            " has too little, or a limit on locked memory; what a run needs is told by `rcm plan`"
-        )
+        raise _too_little(length, str(problem))
+
+
+def _too_little(size: int, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{size / 2**30:.2f} GiB of host memory could not be pinned ({reason}); `rcm plan` tells"
+        " how much a run keeps there, all ranks of a machine together: set less of trainer.offload, or"
+        " give the machine or container more memory"
+    )
 
 
 def _unregister(address: int) -> None:

@@ -338,7 +338,7 @@ def _ending(action: Callable[[], None]) -> Callable[..., None]:
     def ended(_kind: object, error: BaseException | None, _trace: object) -> None:
         try:
             action()
-        except Exception as other:
+        except Exception as other:  # whatever a sink or observer raises, none is swallowed
             if error is None:
                 raise
             logger.error("another failure as the run ended: {}", first_line(other))

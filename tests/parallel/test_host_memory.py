@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.parallel import host
 from rcm.parallel.fsdp import local, shard_parameters
 from rcm.parallel.host import PAGE, REGISTERED, host_memory, zeros_on_host
@@ -58,14 +59,16 @@ def test_small_and_plain_memory_needs_no_driver(registered) -> None:
     assert not registered
 
 
-def test_what_the_driver_refuses_is_told_in_bytes(monkeypatch) -> None:
+def test_too_little_memory_is_told_in_bytes_with_the_knob(monkeypatch) -> None:
     class Runtime:
         def cudaHostRegister(self, address: int, length: int, flags: int) -> int:
             return 2
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    with pytest.raises(RuntimeError, match=r"1\.00 GiB of host memory could not be pinned"):
+    with pytest.raises(ConfigError, match=r"1\.00 GiB of host memory could not be pinned .*trainer\.offload"):
         host_memory(1 << 30, pinned=True)
+    with pytest.raises(ConfigError, match=r"GiB of host memory could not be pinned \(out of memory\)"):
+        host_memory(1 << 62, pinned=True)
 
 
 class Wide(nn.Module):
