@@ -60,8 +60,8 @@ def _register(address: int, length: int) -> None:
 def _too_little(size: int, reason: str) -> ConfigError:
     return ConfigError(
         f"{size / 2**30:.2f} GiB of host memory could not be pinned ({reason}); `rcm plan` tells"
-        " how much a run keeps there, all ranks of a machine together: set less of trainer.offload, or"
-        " give the machine or container more memory"
+        " how much a run keeps there, all ranks of a machine together: set less of"
+        " trainer.offload, or give the machine or container more memory"
     )
 
 
